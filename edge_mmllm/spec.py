@@ -1,0 +1,129 @@
+"""What a model is, said once: its state contract, its stages, its text settings.
+
+These dataclasses are what the exporter writes into `manifest.json` and what every engine
+adapter reads back. They import nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift"]
+Dtype = Literal["float32", "float16", "int8", "int64"]
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8}
+
+#: Stands for the session's capacity (tokens) in a kv state's shape.
+CAPACITY = -1
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor a model carries from token to token.
+
+    Attributes:
+        name: e.g. `layers.0.attn.k`; the graph has `state.<name>` in and `next.<name>` out.
+        shape: fixed, but for `CAPACITY` (-1), the session's capacity in tokens. kv states are
+            `(1, kv_heads, CAPACITY, head_dim)`; recurrent ones keep a constant size for ever.
+        dtype: element type.
+        kind: `kv` states may share one buffer between past and present; the others are
+            written whole in each forward.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    kind: StateKind
+
+    def at(self, capacity: int) -> tuple[int, ...]:
+        """The shape with `capacity` tokens filled in."""
+        return tuple(capacity if d == CAPACITY else d for d in self.shape)
+
+    def size_bytes(self, tokens: int) -> int:
+        """Bytes held for `tokens` tokens (the same for any count unless `kv`)."""
+        size = _DTYPE_BYTES[self.dtype]
+        for d in self.at(tokens):
+            size *= d
+        return size
+
+    @property
+    def grows(self) -> bool:
+        """Whether the state grows with the context."""
+        return CAPACITY in self.shape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One executable part of a bundle, e.g. `decoder` in `decoder.onnx`.
+
+    Attributes:
+        file: path inside the bundle, relative, with forward slashes.
+        inputs: graph inputs in order, states left out. Of `input_ids` int64 `(seq,)`,
+            `inputs_embeds` float32 `(seq, hidden)`, `position` int64 `(1,)` (index of the first
+            new token), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits).
+        outputs: graph outputs in order, states left out: `logits` float32 `(rows, vocab)` for a
+            decoder, `inputs_embeds` float32 `(seq, hidden)` for an embedder.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How text becomes token ids and back.
+
+    Attributes:
+        tokenizer: `tokenizers` (a `tokenizer.json` in the bundle), `bytes` (id = byte value) or
+            `none` (token ids only).
+        bos_id: prepended once to a raw prompt when `add_bos`; never doubled.
+        eos_ids: every id that ends a generation.
+        add_bos: whether encoding adds BOS. False where `tokenizer.json` itself does.
+        chat_template: Jinja source, run in a sandbox; None for a base model.
+        bos_token, eos_token: their text, for chat templates that print them.
+    """
+
+    tokenizer: Literal["tokenizers", "bytes", "none"]
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_id: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model of a bundle.
+
+    Attributes:
+        architecture: a key of the exporter's `ARCHITECTURES`, e.g. `llama`, `mamba2`.
+        vocab_size, hidden_size, layers: sizes.
+        parameters: number of parameters (tied weights counted once).
+        context_length: the longest context the bundle supports; None = unbounded (recurrent).
+        states: the state contract, in graph order.
+        stages: name -> Stage; a text model has `decoder`, and `embed` where the decoder takes
+            `inputs_embeds`.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    parameters: int
+    context_length: int | None
+    states: tuple[StateSpec, ...]
+    stages: dict[str, Stage]
+    text: TextSpec
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of all states at `tokens` tokens."""
+        return sum(s.size_bytes(tokens) for s in self.states)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, as stored under `model` in the manifest."""
+        return asdict(self)
