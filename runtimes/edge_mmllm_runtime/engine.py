@@ -1,0 +1,95 @@
+"""What an engine adapter offers. A `Session` drives it; the adapter stays a thin layer.
+
+The session owns the position and checks every argument; the engine owns the weights and the
+states. An engine may therefore trust what it is given: ids inside the vocabulary, a position
+that fits its capacity. It is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+Arrays = dict[str, NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One loaded model with one set of states.
+
+    Attributes:
+        name: the manifest's name for it, e.g. `onnx`.
+        version: the version of the engine underneath, e.g. onnxruntime's.
+        threads: threads it computes with.
+        capacity: tokens its states have room for; None where no state grows.
+        accepts_embeddings: whether `forward` takes float32 `(seq, hidden)` input.
+        state_capacity_bytes: bytes reserved for states, second buffers included. Memory that
+            was never written may not be committed yet.
+    """
+
+    name: str
+    version: str
+    threads: int
+    capacity: int | None
+    accepts_embeddings: bool
+    state_capacity_bytes: int
+
+    def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
+        """Runs `chunk` and advances the states by its length.
+
+        Args:
+            chunk: token ids `(seq,)` or embeddings `(seq, hidden)`, seq >= 1.
+            position: tokens already in the states.
+            rows: `(rows,)` which of the `seq` rows get logits; may be empty.
+
+        Returns:
+            float32 `(rows, vocab)`, owned by the caller.
+
+        Raises:
+            SessionError: the engine failed; its states are as before, but for rows at or
+                beyond `position` in states that grow.
+        """
+        ...
+
+    def step(self, token: int, position: int) -> Float32:
+        """One token: the same as `forward`, without its allocations.
+
+        Returns:
+            float32 `(vocab,)`, a view that the next call overwrites.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Makes the states those of an empty context."""
+        ...
+
+    def rewind(self, position: int, to: int) -> bool:
+        """Drops all tokens from `to` on, if that costs nothing; False: nothing was done."""
+        ...
+
+    def mark(self, position: int) -> object:
+        """Remembers the states before work that may be undone, as cheaply as possible."""
+        ...
+
+    def rollback(self, mark: object) -> None:
+        """Undoes everything done since `mark`."""
+        ...
+
+    def save(self, position: int) -> Arrays:
+        """Copies of the states; of those that grow, the first `position` tokens."""
+        ...
+
+    def load(self, states: Arrays, position: int) -> None:
+        """Puts back what `save` gave, perhaps of an engine with another capacity.
+
+        Raises:
+            StateMismatch: names, dtypes or shapes do not fit; nothing was changed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back. Nothing else is called afterwards."""
+        ...

@@ -1,0 +1,251 @@
+"""The onnxruntime engine: bundles in ONNX format on a CPU.
+
+Graph contract: `input_ids` int64 `(seq,)` or `inputs_embeds` float32 `(seq, hidden)`, `position`
+int64 `(1,)` where the graph has it, `logit_rows` int64 `(rows,)`, and `state.X` -> `next.X` for
+each state; output `logits` float32 `(rows, vocab)`. An `embed` stage turns ids into embeddings
+where the decoder takes those; it is loaded when first used.
+
+Nothing is copied per token: inputs, outputs and states are `OrtValue`s over fixed numpy memory,
+bound once. A step writes the token and the position and runs one of two prepared bindings
+(states that do not grow are read from one buffer and written to the other, in turn).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_mmllm.errors import CorruptBundle, SessionError
+from edge_mmllm.spec import ModelSpec, Stage
+from edge_mmllm_runtime.engine import Arrays, Float32, Int64
+from edge_mmllm_runtime.state import StateBuffers, allocate
+
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "int64": "tensor(int64)",
+}
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options for one model used by one thread at a time."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    return options
+
+
+class OnnxEngine:
+    """An `Engine` over onnxruntime. See `edge_mmllm_runtime.engine` for what each method does.
+
+    Args:
+        spec: the model.
+        file: a bundle's path of a stage's file, e.g. `bundle.file`.
+        threads: threads for one operator.
+        context: tokens to make room for; ignored where no state grows.
+
+    Raises:
+        CorruptBundle: a graph is unreadable or does not keep the contract.
+        SessionError: no memory for the states.
+    """
+
+    name = "onnx"
+    version: str = ort.__version__
+
+    def __init__(
+        self, spec: ModelSpec, file: Callable[[str], Path], *, threads: int, context: int | None
+    ) -> None:
+        self._spec, self._file, self.threads = spec, file, threads
+        stage = spec.stages["decoder"]
+        self._inputs = frozenset(stage.inputs)
+        self.accepts_embeddings = "inputs_embeds" in self._inputs
+        self._session = _open(file(stage.file), threads)
+        _check(self._session, spec, stage)
+        grows = any(s.grows for s in spec.states)
+        self.capacity = context if grows else None
+        self._states = StateBuffers(spec.states, self.capacity)
+        self.state_capacity_bytes = self._states.size_bytes
+        self._embed: Callable[[Int64], Float32] | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Binds the states both ways round, and the fixed inputs and output of a step."""
+        spec = self._spec
+        width = spec.hidden_size if self.accepts_embeddings else 2
+        sizes = [8, 8, 8, 4 * width, 4 * spec.vocab_size]
+        ids, position, rows, embeds, logits = allocate(sizes)
+        self._token: Int64 = ids.view(np.int64)
+        self._position: Int64 = position.view(np.int64)
+        self._first_row: Int64 = rows.view(np.int64)
+        self._embeds: Float32 = embeds.view(np.float32).reshape(1, width)
+        self._logits: Float32 = logits.view(np.float32).reshape(1, spec.vocab_size)
+        self._logits_value = _value(self._logits)
+        self._run = self._session._sess.run_with_iobinding
+        values = {
+            name: (_value(even), _value(odd)) for name, (even, odd) in self._states.pairs.items()
+        }
+        bindings = [(self._bind(values, p), self._bind(values, p)) for p in (0, 1)]
+        self._prefills = tuple(prefill for prefill, _ in bindings)
+        self._steps = tuple(step._iobinding for _, step in bindings)
+        for _, step in bindings:
+            if self.accepts_embeddings:
+                step.bind_ortvalue_input("inputs_embeds", _value(self._embeds))
+            else:
+                step.bind_ortvalue_input("input_ids", _value(self._token))
+            if "logit_rows" in self._inputs:
+                step.bind_ortvalue_input("logit_rows", _value(self._first_row))
+            step.bind_ortvalue_output("logits", self._logits_value)
+        self._step_bindings = bindings  # keeps the OrtValues of `_steps` alive
+
+    def _bind(self, values: dict[str, tuple[Any, Any]], parity: int) -> Any:
+        """A binding that reads states from buffers `parity` and writes them to the others."""
+        binding = self._session.io_binding()
+        for name, pair in values.items():
+            binding.bind_ortvalue_input(f"state.{name}", pair[parity])
+            binding.bind_ortvalue_output(f"next.{name}", pair[1 - parity])
+        if "position" in self._inputs:
+            binding.bind_ortvalue_input("position", _value(self._position))
+        return binding
+
+    def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
+        """See `Engine.forward`."""
+        binding = self._prefills[self._states.parity]
+        if chunk.dtype == np.int64 and self.accepts_embeddings:
+            chunk = self._embedder()(np.asarray(chunk, np.int64))
+        source = _value(np.ascontiguousarray(chunk))
+        binding.bind_ortvalue_input(
+            "inputs_embeds" if self.accepts_embeddings else "input_ids", source
+        )
+        pruned = "logit_rows" in self._inputs
+        logits = np.empty((len(rows) if pruned else len(chunk), self._spec.vocab_size), np.float32)
+        if pruned:
+            binding.bind_ortvalue_input("logit_rows", _value(np.ascontiguousarray(rows, np.int64)))
+        binding.bind_ortvalue_output("logits", _value(logits))
+        self._position[0] = position
+        self._execute(binding._iobinding)
+        result: Float32 = logits if pruned else logits[rows]
+        return result
+
+    def step(self, token: int, position: int) -> Float32:
+        """See `Engine.step`."""
+        self._token[0] = token
+        self._position[0] = position
+        if self.accepts_embeddings:
+            self._embeds[:] = self._embedder()(self._token)
+        self._execute(self._steps[self._states.parity])
+        return self._logits[0]
+
+    def _execute(self, binding: Any) -> None:
+        try:
+            self._run(binding, None)
+        except Exception as error:  # onnxruntime's errors share no base class but this
+            raise SessionError("onnxruntime failed to run the decoder", found=str(error)) from error
+        self._states.parity ^= 1
+
+    def _embedder(self) -> Callable[[Int64], Float32]:
+        """The `embed` stage: ids `(seq,)` -> float32 `(seq, hidden)`; loaded once."""
+        if self._embed is None:
+            stage = self._spec.stages.get("embed")
+            if stage is None:
+                raise CorruptBundle(
+                    "the decoder takes embeddings but the bundle has no `embed` stage"
+                )
+            session = _open(self._file(stage.file), self.threads)
+
+            def embed(ids: Int64) -> Float32:
+                result: Float32 = session.run(list(stage.outputs), {stage.inputs[0]: ids})[0]
+                return result
+
+            self._embed = embed
+        return self._embed
+
+    def clear(self) -> None:
+        """See `Engine.clear`."""
+        self._states.clear()
+
+    def rewind(self, position: int, to: int) -> bool:
+        """See `Engine.rewind`."""
+        return self._states.rewind(position, to)
+
+    def mark(self, position: int) -> Arrays:
+        """See `Engine.mark`."""
+        return self._states.mark()
+
+    def rollback(self, mark: object) -> None:
+        """See `Engine.rollback`."""
+        assert isinstance(mark, dict)  # noqa: S101 - for the type checker: `mark` made it
+        self._states.rollback(mark)
+
+    def save(self, position: int) -> Arrays:
+        """See `Engine.save`."""
+        return self._states.save(position)
+
+    def load(self, states: Arrays, position: int) -> None:
+        """See `Engine.load`."""
+        self._states.load(states, position)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._embed = None
+        del self._run, self._steps, self._step_bindings, self._prefills, self._logits_value
+        del self._states, self._session
+
+
+def _value(array: NDArray[Any]) -> ort.OrtValue:
+    """An OrtValue over the array's own memory (no copy on CPU)."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            path, sess_options=session_options(threads), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's errors share no base class but this
+        raise CorruptBundle(
+            "onnxruntime cannot load a graph of the bundle", where=str(path), found=str(error)
+        ) from error
+
+
+def _check(session: ort.InferenceSession, spec: ModelSpec, stage: Stage) -> None:
+    """Compares a decoder's inputs and outputs with the manifest.
+
+    Raises:
+        CorruptBundle: all differences at once.
+    """
+    types = {
+        "input_ids": ("tensor(int64)", 1),
+        "inputs_embeds": ("tensor(float)", 2),
+        "position": ("tensor(int64)", 1),
+        "logit_rows": ("tensor(int64)", 1),
+        "logits": ("tensor(float)", 2),
+    }
+    states = {s.name: (_ORT_TYPES[s.dtype], len(s.shape)) for s in spec.states}
+    wanted = [
+        {n: types[n] for n in stage.inputs} | {f"state.{n}": t for n, t in states.items()},
+        {n: types[n] for n in stage.outputs} | {f"next.{n}": t for n, t in states.items()},
+    ]
+    wrong = []
+    for side, nodes, want in zip(
+        ("input", "output"), (session.get_inputs(), session.get_outputs()), wanted, strict=True
+    ):
+        have = {n.name: (n.type, len(n.shape)) for n in nodes}
+        wrong += [
+            f"{side} {name}: {want.get(name, 'not in the manifest')} against "
+            f"{have.get(name, 'not in the graph')}"
+            for name in sorted(want.keys() | have.keys())
+            if want.get(name) != have.get(name)
+        ]
+    if wrong:
+        raise CorruptBundle(
+            f"{len(wrong)} inputs or outputs of {stage.file} differ from the manifest",
+            where="; ".join(wrong[:8]),
+        )
