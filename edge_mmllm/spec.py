@@ -1,16 +1,21 @@
 """What a model is, said once: its state contract, its stages, its text settings.
 
 These dataclasses are what the exporter writes into `manifest.json` and what every engine
-adapter reads back. They import nothing but the standard library.
+adapter reads back. `ModelSpec.from_json` trusts nothing: what it returns is well-typed and
+consistent in itself, or it raises.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
+
+from edge_mmllm._fields import Fields
+from edge_mmllm.errors import CorruptBundle
 
 StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift"]
 Dtype = Literal["float32", "float16", "int8", "int64"]
+TokenizerKind = Literal["tokenizers", "bytes", "none"]
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8}
 
@@ -52,6 +57,17 @@ class StateSpec:
         """Whether the state grows with the context."""
         return CAPACITY in self.shape
 
+    @classmethod
+    def from_json(cls, fields: Fields) -> StateSpec:
+        """Reads one entry of `model.states`. Raises: CorruptBundle."""
+        kind = cast(StateKind, fields.one_of("kind", get_args(StateKind)))
+        shape = fields.integers("shape", least=CAPACITY)
+        free = shape.count(CAPACITY)
+        if 0 in shape or free > 1 or (free and kind != "kv"):
+            raise fields.fail("shape", "sizes of at least 1, with one -1 at most, in a kv state")
+        dtype = cast(Dtype, fields.one_of("dtype", get_args(Dtype)))
+        return cls(fields.text("name"), shape, dtype, kind)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,6 +86,11 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    @classmethod
+    def from_json(cls, fields: Fields) -> Stage:
+        """Reads one value of `model.stages`. Raises: CorruptBundle."""
+        return cls(fields.text("file"), fields.texts("inputs"), fields.texts("outputs"))
+
 
 @dataclass(frozen=True)
 class TextSpec:
@@ -85,7 +106,7 @@ class TextSpec:
         bos_token, eos_token: their text, for chat templates that print them.
     """
 
-    tokenizer: Literal["tokenizers", "bytes", "none"]
+    tokenizer: TokenizerKind
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
@@ -93,6 +114,20 @@ class TextSpec:
     bos_token: str | None = None
     eos_token: str | None = None
     pad_id: int | None = None
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> TextSpec:
+        """Reads `model.text`. Raises: CorruptBundle."""
+        return cls(
+            tokenizer=cast(TokenizerKind, fields.one_of("tokenizer", get_args(TokenizerKind))),
+            bos_id=fields.maybe_integer("bos_id"),
+            eos_ids=fields.integers("eos_ids"),
+            add_bos=fields.flag("add_bos", default=False),
+            chat_template=fields.maybe_text("chat_template"),
+            bos_token=fields.maybe_text("bos_token"),
+            eos_token=fields.maybe_text("eos_token"),
+            pad_id=fields.maybe_integer("pad_id"),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,3 +162,43 @@ class ModelSpec:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, as stored under `model` in the manifest."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "model") -> ModelSpec:
+        """The inverse of `to_json`, for input that nobody vouches for.
+
+        Args:
+            value: what the JSON parser gave.
+            where: path of `value`, for messages.
+
+        Raises:
+            CorruptBundle: a missing member, a wrong type, or a contradiction (two states of one
+                name, a BOS outside the vocabulary); the message names the member.
+        """
+        fields = Fields(value, where)
+        states = tuple(StateSpec.from_json(f) for f in fields.children("states"))
+        names = [state.name for state in states]
+        if len(set(names)) != len(names):
+            raise fields.fail("states", "states with different names")
+        stages = fields.child("stages")
+        spec = cls(
+            architecture=fields.text("architecture"),
+            vocab_size=fields.integer("vocab_size", least=1),
+            hidden_size=fields.integer("hidden_size", least=1),
+            layers=fields.integer("layers"),
+            parameters=fields.integer("parameters"),
+            context_length=fields.maybe_integer("context_length", least=1),
+            states=states,
+            stages={name: Stage.from_json(stages.child(name)) for name in stages.value},
+            text=TextSpec.from_json(fields.child("text")),
+            details=fields.mapping("details", required=False),
+        )
+        bos = spec.text.bos_id
+        if bos is not None and bos >= spec.vocab_size:
+            raise CorruptBundle(
+                "BOS lies outside the vocabulary",
+                where=f"{where}.text.bos_id",
+                expected=f"an id below vocab_size {spec.vocab_size}",
+                found=str(bos),
+            )
+        return spec
