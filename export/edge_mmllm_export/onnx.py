@@ -1,0 +1,106 @@
+"""The ONNX exporter: one graph serves prefill and decode, state in and out.
+
+Graph contract (also in docs/bundle.md): inputs `input_ids` int64 `(seq,)` or `inputs_embeds`
+float32 `(seq, hidden)`, `position` int64 `(1,)`, `logit_rows` int64 `(rows,)`, and
+`state.<name>` for every state; outputs `logits` float32 `(rows, vocab)` and `next.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from edge_mmllm.spec import CAPACITY, Stage
+from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.onnx import OnnxOps, Value
+from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
+from edge_mmllm_export.weights import Weight
+
+Inputs = Literal["ids", "embeds"]
+
+
+def write_stages(
+    model: Architecture,
+    weights: Mapping[str, Weight],
+    folder: Path,
+    *,
+    inputs: Inputs = "ids",
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Stage]:
+    """Write `decoder.onnx` (and `embed.onnx` for `embeds`) with their weights into `folder`.
+
+    Args:
+        inputs: `ids` puts the embedding inside the decoder; `embeds` makes it a stage of its
+            own, for models whose embeddings also come from elsewhere (images, audio).
+        workers: threads that read, quantize and write tiles.
+        progress: called with numbers of weights done; they add up to the model's.
+
+    Raises:
+        OutOfSpace, NonFiniteWeights, CorruptCheckpoint.
+    """
+    data = TensorFile(folder / "weights.bin")
+    stored: dict[str, tuple[int, ...]] = {}
+    stages: dict[str, Stage] = {}
+    pool = ThreadPoolExecutor(workers) if workers > 1 else None
+    try:
+        if inputs == "embeds":
+            graph = GraphBuilder("embed", data)
+            op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
+            ids = Value(graph.input("input_ids", "int64", ["seq"]), 1)
+            _output(graph, model.embed(op, weights, ids), "inputs_embeds", model.hidden_size)
+            op.finish()
+            graph.save(folder / "embed.onnx", {"stage": "embed"})
+            stages["embed"] = Stage("embed.onnx", ("input_ids",), ("inputs_embeds",))
+        graph = GraphBuilder("decoder", data)
+        op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
+        _decoder(graph, op, model, weights, inputs)
+        op.finish()
+        graph.save(folder / "decoder.onnx", {"stage": "decoder", "architecture": model.name})
+        stages["decoder"] = Stage("decoder.onnx", tuple(graph.plain_inputs()), ("logits",))
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        data.close()
+    return stages
+
+
+def _decoder(
+    graph: GraphBuilder,
+    op: OnnxOps,
+    model: Architecture,
+    weights: Mapping[str, Weight],
+    inputs: Inputs,
+) -> None:
+    states = model.states()
+    if inputs == "ids":
+        ids = Value(graph.input("input_ids", "int64", ["seq"]), 1)
+    else:
+        graph.input("inputs_embeds", "float32", ["seq", model.hidden_size])
+    if any(s.kind == "kv" for s in states):
+        graph.input("position", "int64", [1])
+    graph.input("logit_rows", "int64", ["rows"])
+    for s in states:
+        graph.input(f"state.{s.name}", s.dtype, _symbolic(s.shape))
+    if inputs == "ids":
+        x = model.embed(op, weights, ids)
+    else:
+        batched = graph.node("Unsqueeze", ["inputs_embeds", graph.ints(0)])[0]
+        x = Value(batched, model.hidden_size)
+    logits = model.decode(op, weights, x)
+    _output(graph, logits, "logits", model.vocab_size)
+    for s in states:
+        graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
+
+
+def _output(graph: GraphBuilder, x: Value, name: str, width: int) -> None:
+    """Drop the batch axis and give a graph output its name."""
+    graph.scope = ""
+    graph.node("Squeeze", [x.name, graph.ints(0)], [name])
+    graph.output(name, "float32", ["rows" if name == "logits" else "seq", width])
+
+
+def _symbolic(shape: tuple[int, ...]) -> list[int | str]:
+    return ["capacity" if d == CAPACITY else d for d in shape]

@@ -1,0 +1,178 @@
+"""The op set: what a model definition may say, and what every backend must be able to do.
+
+Rules that keep one definition honest across numpy, ONNX and TVM:
+
+- batch is 1 and not written: activations are `(seq, width)`; `seq` is the only symbolic size;
+- state has a fixed capacity and each state is written once in a forward;
+- the position of the first token is a run-time value that only the backend sees;
+- no Python branch on `seq`;
+- ops are semantic, so that each backend can pick its best kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.checkpoints.base import Layout
+from edge_mmllm_export.weights import Parameter, Source, Weight
+
+T = TypeVar("T")
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding over the whole head, in two halves (not interleaved).
+
+    Attributes:
+        inv_freq: float32 `(head_dim / 2,)`, scaling already applied.
+        scale: factor on cos and sin (attention factor).
+        length: positions that a backend may tabulate (the bundle's context length).
+    Source: RoFormer (arXiv 2104.09864) eq. 15, in the half-split order of GPT-NeoX.
+    """
+
+    inv_freq: NDArray[np.float32] = field(repr=False)
+    length: int
+    scale: float = 1.0
+
+    def tables(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin, each float32 `(length, head_dim / 2)`, computed in float32 as trained."""
+        angle = np.arange(self.length, dtype=np.float32)[:, None] * self.inv_freq[None, :]
+        scale = np.float32(self.scale)
+        return np.cos(angle) * scale, np.sin(angle) * scale
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The constants of one attention layer.
+
+    Attributes:
+        window: a token sees at most this many positions, itself included; None = all.
+        q_norm, k_norm: RMS norm weights `(head_dim,)` applied to each head before `rope`.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: Weight | None = None
+    k_norm: Weight | None = None
+    norm_eps: float = 1e-6
+
+
+class Ops(Protocol[T]):
+    """One backend's ops. Shapes are given as `(seq, width)`."""
+
+    def rows(self, table: Weight, index: T) -> T:
+        """Embedding lookup: index int `(seq,)` -> `(seq, K)`."""
+        ...
+
+    def logit_rows(self, x: T) -> T:
+        """The rows of `(seq, width)` that the caller wants logits for: `(rows, width)`."""
+        ...
+
+    def linear(self, x: T, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[T, ...]:
+        """`x @ w.T + bias` for each weight; several are fused where their schemes agree."""
+        ...
+
+    def norm(
+        self, x: T, weight: Weight, *, eps: float, groups: int = 1, bias: Weight | None = None
+    ) -> T:
+        """RMS norm over the last axis (over each of `groups` equal parts); with `bias`, a
+        layer norm (mean removed)."""
+        ...
+
+    def add_norm(self, x: T, delta: T | None, weight: Weight, *, eps: float) -> tuple[T, T]:
+        """`(x + delta, rms_norm(x + delta))`: the residual stream and the next block's input."""
+        ...
+
+    def add(self, a: T, b: T) -> T: ...
+
+    def mul(self, a: T, b: T) -> T: ...
+
+    def split(self, x: T, sizes: tuple[int, ...]) -> tuple[T, ...]:
+        """Parts of the last axis, of these widths in order."""
+        ...
+
+    def activation(self, x: T, kind: Activation) -> T: ...
+
+    def glu(self, gate: T, up: T, kind: Activation) -> T:
+        """`activation(gate) * up`."""
+        ...
+
+    def attention(
+        self, q: T, k: T, v: T, k_state: StateSpec, v_state: StateSpec, spec: Attention
+    ) -> T:
+        """Causal grouped-query attention over the kv states and the new tokens.
+
+        q `(seq, heads * head_dim)`, k and v `(seq, kv_heads * head_dim)`, before rope.
+        Appends k (after norm and rope) and v to their states. Returns
+        `(seq, heads * head_dim)`.
+        """
+        ...
+
+    def causal_conv(
+        self, x: T, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
+    ) -> T:
+        """Depthwise causal convolution along seq. x `(seq, C)`, weight `(C, width)`, state
+        `(1, width - 1, C)`: the last inputs, oldest first."""
+        ...
+
+    def time_step(self, dt: T, bias: Weight, limit: tuple[float, float]) -> T:
+        """`clamp(softplus(dt + bias), limit)`, `(seq, heads)`."""
+        ...
+
+    def gated_linear_attention(
+        self, q: T, k: T, v: T, dt: T, decay: Weight, state: StateSpec, *, groups: int
+    ) -> T:
+        """`S_t = exp(dt_t * decay) S_{t-1} + k_t (dt_t v_t)'`, `y_t = q_t' S_t`, for each head.
+
+        q and k `(seq, groups * d_k)`, each group shared by `heads / groups` heads; v
+        `(seq, heads * d_v)`, dt `(seq, heads)`, decay `(heads,)` (negative), state
+        `(1, heads, d_k, d_v)`. Returns `(seq, heads * d_v)`.
+        Source: Mamba-2, arXiv 2405.21060, eq. 16 with the state as (N, P).
+        """
+        ...
+
+    def head_scale(self, x: T, weight: Weight) -> T:
+        """Scale each head: x `(seq, heads * d)`, weight `(heads,)`."""
+        ...
+
+
+class Architecture(Protocol):
+    """One model file: a config, the weights it wants, its states and its forward pass."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    context_length: int | None
+
+    def parameters(self) -> list[Parameter]: ...
+
+    def sources(self, layout: Layout) -> dict[str, Source]:
+        """Where each parameter lives in a checkpoint of this layout."""
+        ...
+
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of checkpoint tensors that carry no weights of the model."""
+        ...
+
+    def states(self) -> tuple[StateSpec, ...]: ...
+
+    def embed(self, op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
+        """Token ids int `(seq,)` -> `(seq, hidden)`."""
+        ...
+
+    def decode(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> T:
+        """Embeddings `(seq, hidden)` -> logits `(rows, vocab)` of the rows asked for."""
+        ...

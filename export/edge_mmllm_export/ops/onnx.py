@@ -1,0 +1,513 @@
+"""Lowers a definition to an ONNX graph for onnxruntime, choosing its fused kernels.
+
+Activations are `(1, seq, width)` in the graph, since onnxruntime's attention kernels want a
+batch axis. Which kernel serves which op, and why, stands at each method; the measurements are in
+`benchmarks/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.ops.base import Activation, Attention
+from edge_mmllm_export.ops.onnx_graph import GraphBuilder
+from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
+from edge_mmllm_export.quantize.schemes import Scheme
+from edge_mmllm_export.weights import Weight
+
+
+@dataclass(frozen=True)
+class Value:
+    """A graph value `(1, seq, width)`, or one part of a packed one that is split on first use."""
+
+    name: str
+    width: int
+    packed: Packed | None = None
+    part: int = 0
+
+
+@dataclass
+class Packed:
+    """Several values side by side along the last axis."""
+
+    name: str
+    widths: tuple[int, ...]
+    parts: list[str] | None = None
+
+
+class OnnxOps:
+    """Builds one graph.
+
+    Args:
+        graph: where nodes and weights go.
+        workers: run the quantization of tiles; None packs in the calling thread.
+        stored: tensors already in the data file (shared by the stages of a bundle): name ->
+            offsets of its regions.
+        progress: called with the number of weights (elements) packed.
+    """
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        *,
+        workers: Executor | None = None,
+        stored: dict[str, tuple[int, ...]] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.graph, self._workers = graph, workers
+        self._stored = {} if stored is None else stored
+        self._progress = progress or (lambda _: None)
+        self._pending: list[Future[None]] = []
+        self._seq: tuple[str, str] | None = None
+        self._tables: dict[int, tuple[str, str]] = {}
+        self.written: set[str] = set()
+
+    # -- weights ---------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Wait until every weight is on disk; the first failure is raised."""
+        pending, self._pending = self._pending, []
+        try:
+            for future in pending:
+                future.result()
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+            raise
+
+    def _each_tile(self, w: Weight, task: Callable[[int, int], None]) -> None:
+        """Run `task(start, stop)` over the rows of a weight, side by side where there are
+        workers; at most a few tiles are in flight, so memory stays bounded."""
+        step = w.tile_rows()
+        for start in range(0, w.shape[0], step):
+            stop = min(start + step, w.shape[0])
+            width = w.size // w.shape[0]
+            if self._workers is None:
+                task(start, stop)
+            else:
+                self._pending.append(self._workers.submit(task, start, stop))
+            self._progress((stop - start) * width)
+
+    def _vector(self, w: Weight, stem: str | None = None) -> str:
+        """A float32 parameter, whole."""
+        name = stem or w.name
+        if not self.graph.has(name):
+            known = self._stored.get(name)
+            offset = self.graph.external(name, "float32", w.shape, known[0] if known else None)
+            if known is None:
+                self.graph.data.write(offset, w.values)
+                self._stored[name] = (offset,)
+                self._progress(w.size)
+        return name
+
+    def _floats(self, w: Weight) -> str:
+        """A whole `(N, K)` matrix as float16 or float32 rows."""
+        if not self.graph.has(w.name):
+            dtype = "float16" if w.scheme.bits == 16 else "float32"
+            known = self._stored.get(w.name)
+            offset = self.graph.external(w.name, dtype, w.shape, known[0] if known else None)
+            if known is None:
+                self._stored[w.name] = (offset,)
+                row_bytes = w.shape[1] * np.dtype(dtype).itemsize
+
+                def task(start: int, stop: int) -> None:
+                    tile = quantize(w.rows(start, stop), w.scheme).scale
+                    self.graph.data.write(offset + start * row_bytes, tile.astype(dtype))
+
+                self._each_tile(w, task)
+        return w.name
+
+    def _blocks(self, ws: Sequence[Weight], as_rows: bool = False) -> list[str]:
+        """Quantized weights, stacked along N, packed as MatMulNBits reads them.
+
+        `B` uint8 `(N, blocks, block_size * bits / 8)`, scales float32 `(N, blocks)`, zero points
+        uint8 `(N, ceil(blocks * bits / 8))` or float32 `(N, blocks)`. The same bytes serve
+        GatherBlockQuantized (`as_rows`) as `(N, K * bits / 8)`: tied weights are stored once.
+        """
+        scheme, k = ws[0].scheme, ws[0].shape[1]
+        size, bits = scheme.block_size, scheme.bits
+        n, blocks = sum(w.shape[0] for w in ws), -(-k // size)
+        blob = size * bits // 8
+        stem = "+".join(w.name for w in ws)
+        zero_width, zero_type = 0, "uint8"
+        if scheme.zero == "int":
+            zero_width = -(-blocks * bits // 8)
+        elif scheme.zero == "float":
+            zero_width, zero_type = blocks, "float32"
+        shapes = [
+            (
+                "rows" if as_rows else "q",
+                "uint8",
+                (n, k * bits // 8) if as_rows else (n, blocks, blob),
+            ),
+            ("scale", "float32", (n, blocks)),
+            ("zero", zero_type, (n, zero_width)),
+        ]
+        if not zero_width:
+            shapes.pop()
+        names = [f"{stem}.{suffix}" for suffix, _, _ in shapes]
+        if self.graph.has(names[0]):
+            return names
+        known = self._stored.get(stem)
+        offsets = []
+        for i, (name, (_, dtype, shape)) in enumerate(zip(names, shapes, strict=True)):
+            if self.graph.has(name):
+                offsets.append(known[i] if known else 0)
+            else:
+                offsets.append(self.graph.external(name, dtype, shape, known[i] if known else None))
+        if known is None:
+            self._stored[stem] = tuple(offsets)
+            first = 0
+            for w in ws:
+                self._each_tile(w, self._packer(w, first, offsets, (blocks * blob, blocks)))
+                first += w.shape[0]
+        return names
+
+    def _packer(
+        self, w: Weight, first: int, offsets: list[int], widths: tuple[int, int]
+    ) -> Callable[[int, int], None]:
+        scheme, data = w.scheme, self.graph.data
+        row_bytes, blocks = widths
+
+        def task(start: int, stop: int) -> None:
+            tile = quantize(w.rows(start, stop), scheme)
+            q = pack_nibbles(tile.q) if scheme.bits == 4 else tile.q
+            data.write(offsets[0] + (first + start) * row_bytes, q)
+            data.write(offsets[1] + (first + start) * blocks * 4, tile.scale)
+            if tile.zero is None:
+                return
+            if scheme.zero == "float":
+                data.write(offsets[2] + (first + start) * blocks * 4, tile.zero)
+                return
+            zero: NDArray[np.uint8] = tile.zero.astype(np.uint8)
+            if scheme.bits == 4:
+                zero = pack_nibbles(np.pad(zero, ((0, 0), (0, blocks % 2))))
+            data.write(offsets[2] + (first + start) * zero.shape[1], zero)
+
+        return task
+
+    # -- ops -------------------------------------------------------------------------------
+
+    def _use(self, x: Value) -> str:
+        """The name of a value, splitting its packed owner on first use."""
+        if x.packed is None:
+            return x.name
+        packed = x.packed
+        if packed.parts is None:
+            packed.parts = self.graph.node(
+                "Split",
+                [packed.name, self.graph.ints(*packed.widths)],
+                len(packed.widths),
+                axis=-1,
+            )
+        return packed.parts[x.part]
+
+    def _parts(self, name: str, widths: tuple[int, ...]) -> tuple[Value, ...]:
+        if len(widths) == 1:
+            return (Value(name, widths[0]),)
+        packed = Packed(name, widths)
+        return tuple(Value(name, width, packed, i) for i, width in enumerate(widths))
+
+    def rows(self, table: Weight, index: Value) -> Value:
+        """index is `(seq,)`; the result gets its batch axis here."""
+        g, scheme = self.graph, table.scheme
+        ids = g.node("Unsqueeze", [index.name, g.ints(0)])[0]
+        if scheme.quantized:
+            names = self._blocks([table], as_rows=True)
+            name = g.microsoft(
+                "GatherBlockQuantized",
+                [names[0], ids, *names[1:]],
+                bits=scheme.bits,
+                block_size=scheme.block_size,
+                gather_axis=0,
+                quantize_axis=1,
+            )[0]
+            return Value(name, table.shape[1])
+        name = g.node("Gather", [self._floats(table), ids])[0]
+        if scheme.bits == 16:
+            name = g.node("Cast", [name], to=1)[0]
+        return Value(name, table.shape[1])
+
+    def logit_rows(self, x: Value) -> Value:
+        return Value(self.graph.node("Gather", [self._use(x), "logit_rows"], axis=1)[0], x.width)
+
+    def linear(self, x: Value, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[Value, ...]:
+        """MatMulNBits (int8 activations: accuracy_level 4; level 1 is 4 times slower at 4 bits
+        and 300 times at 8), or a float32 product with the weight as it is stored, `(N, K)`."""
+        quantized = w[0].scheme.quantized and w[0].scheme.zero != "float"
+        if len(w) > 1 and quantized and all(v.scheme == w[0].scheme for v in w):
+            return self._parts(self._matmul_nbits(x, w, bias), tuple(v.shape[0] for v in w))
+        outputs = []
+        for i, v in enumerate(w):
+            own = bias[i : i + 1]
+            name = (
+                self._matmul_nbits(x, (v,), own) if v.scheme.quantized else self._matmul(x, v, own)
+            )
+            outputs.append(Value(name, v.shape[0]))
+        return tuple(outputs)
+
+    def _matmul_nbits(self, x: Value, w: Sequence[Weight], bias: Sequence[Weight]) -> str:
+        scheme = w[0].scheme
+        names = self._blocks(w)
+        inputs = [self._use(x), *names]
+        if bias:
+            inputs += [""] * (5 - len(inputs))
+            inputs.append(self._joined(bias))
+        return self.graph.microsoft(
+            "MatMulNBits",
+            inputs,
+            K=w[0].shape[1],
+            N=sum(v.shape[0] for v in w),
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            accuracy_level=4,
+        )[0]
+
+    def _joined(self, vectors: Sequence[Weight]) -> str:
+        """Several vectors, one after another, as one initializer."""
+        if len(vectors) == 1:
+            return self._vector(vectors[0])
+        name = "+".join(v.name for v in vectors)
+        if not self.graph.has(name):
+            values = np.concatenate([v.values for v in vectors])
+            offset = self.graph.external(name, "float32", values.shape)
+            self.graph.data.write(offset, values)
+            self._progress(values.size)
+        return name
+
+    def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight]) -> str:
+        g, name = self.graph, self._floats(w)
+        if w.scheme.bits == 16:
+            # Folded once at load: f16 on disk, float32 arithmetic.
+            cast = f"{name}.f32"
+            name = cast if cast in self.written else g.node("Cast", [name], [cast], to=1)[0]
+            self.written.add(cast)
+        y = g.microsoft("FusedMatMul", [self._use(x), name], transB=1)[0]
+        return g.node("Add", [y, self._vector(bias[0])])[0] if bias else y
+
+    def norm(
+        self,
+        x: Value,
+        weight: Weight,
+        *,
+        eps: float,
+        groups: int = 1,
+        bias: Weight | None = None,
+    ) -> Value:
+        g, name = self.graph, self._use(x)
+        if bias is not None:
+            inputs = [name, self._vector(weight), self._vector(bias)]
+            return Value(g.node("LayerNormalization", inputs, epsilon=eps)[0], x.width)
+        if groups == 1:
+            inputs = [name, self._vector(weight)]
+            return Value(g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0], x.width)
+        # Normalize each group with a weight of ones, then scale the whole width.
+        width = x.width // groups
+        ones = f"ones.{width}"
+        if not g.has(ones):
+            g.data.write(g.external(ones, "float32", (width,)), np.ones(width, np.float32))
+        parts = g.node("Reshape", [name, g.ints(0, 0, groups, width)])[0]
+        normed = g.node("SimplifiedLayerNormalization", [parts, ones], epsilon=eps)[0]
+        flat = g.node("Reshape", [normed, g.ints(0, 0, x.width)])[0]
+        return Value(g.node("Mul", [flat, self._vector(weight)])[0], x.width)
+
+    def add_norm(
+        self, x: Value, delta: Value | None, weight: Weight, *, eps: float
+    ) -> tuple[Value, Value]:
+        if delta is None:
+            return x, self.norm(x, weight, eps=eps)
+        outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
+        self.graph.microsoft(
+            "SkipSimplifiedLayerNormalization",
+            [self._use(x), self._use(delta), self._vector(weight)],
+            outputs,
+            epsilon=eps,
+        )
+        return Value(outputs[3], x.width), Value(outputs[0], x.width)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return Value(self.graph.node("Add", [self._use(a), self._use(b)])[0], a.width)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return Value(self.graph.node("Mul", [self._use(a), self._use(b)])[0], a.width)
+
+    def split(self, x: Value, sizes: tuple[int, ...]) -> tuple[Value, ...]:
+        return self._parts(self._use(x), sizes)
+
+    def activation(self, x: Value, kind: Activation) -> Value:
+        g, name = self.graph, self._use(x)
+        if kind == "relu":
+            return Value(g.node("Relu", [name])[0], x.width)
+        if kind in ("silu", "quick_gelu"):
+            alpha = 1.0 if kind == "silu" else 1.702
+            return Value(g.microsoft("QuickGelu", [name], alpha=alpha)[0], x.width)
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        return Value(g.node("Gelu", [name], approximate=approximate)[0], x.width)
+
+    def glu(self, gate: Value, up: Value, kind: Activation) -> Value:
+        return self.mul(self.activation(gate, kind), up)
+
+    # -- sequence mixing -------------------------------------------------------------------
+
+    def _sequence(self) -> tuple[str, str]:
+        """`seqlens_k` int32 `(1,)` and `total_sequence_length` int32 `()`, made once a graph."""
+        if self._seq is None:
+            g, scope, self.graph.scope = self.graph, self.graph.scope, ""
+            source = "input_ids" if "input_ids" in g.plain_inputs() else "inputs_embeds"
+            length = g.node("Shape", [source], start=0, end=1)[0]
+            total = g.node("Add", [length, "position"])[0]
+            total = g.node("Cast", [total], to=6)[0]
+            one = g.constant("one", np.asarray([1], np.int32))
+            last = g.node("Sub", [total, one])[0]
+            self._seq = last, g.node("Squeeze", [total])[0]
+            self.graph.scope = scope
+        return self._seq
+
+    def _rope_tables(self, spec: Attention) -> list[str]:
+        if spec.rope is None:
+            return ["", ""]
+        key = id(spec.rope.inv_freq)
+        if key not in self._tables:
+            names = f"rope.{len(self._tables)}.cos", f"rope.{len(self._tables)}.sin"
+            for name, table in zip(names, spec.rope.tables(), strict=True):
+                offset = self.graph.external(name, "float32", table.shape)
+                self.graph.data.write(offset, table)
+            self._tables[key] = names
+        return list(self._tables[key])
+
+    def attention(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        k_state: StateSpec,
+        v_state: StateSpec,
+        spec: Attention,
+    ) -> Value:
+        """GroupQueryAttention: rope, head norms, cache append and softmax in one kernel.
+
+        Past and present share one buffer when the caller binds the same memory to both.
+        """
+        g = self.graph
+        whole = q.packed is not None and q.packed is k.packed and k.packed is v.packed
+        if whole and q.packed is not None and q.packed.parts is None and len(q.packed.widths) == 3:
+            qkv = [q.packed.name, "", ""]
+        else:
+            qkv = [self._use(q), self._use(k), self._use(v)]
+        inputs = [*qkv, f"state.{k_state.name}", f"state.{v_state.name}", *self._sequence()]
+        inputs += self._rope_tables(spec)
+        if spec.q_norm is not None and spec.k_norm is not None:
+            # position_ids, attention_bias, head_sink, k_scale, v_scale: absent
+            inputs += [""] * 5 + [self._vector(spec.q_norm), self._vector(spec.k_norm)]
+        name = g.fresh("attention")
+        g.microsoft(
+            "GroupQueryAttention",
+            inputs,
+            [name, f"next.{k_state.name}", f"next.{v_state.name}"],
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            scale=float(spec.scale),
+            do_rotary=int(spec.rope is not None),
+            local_window_size=spec.window if spec.window is not None else -1,
+            softcap=float(spec.softcap) if spec.softcap is not None else None,
+            qk_norm_epsilon=float(spec.norm_eps) if spec.q_norm is not None else None,
+        )
+        return Value(name, spec.heads * spec.head_dim)
+
+    def causal_conv(
+        self, x: Value, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
+    ) -> Value:
+        g = self.graph
+        kernel = f"{weight.name}.kernel"
+        if not g.has(kernel):
+            values = weight.values[:, None, :]
+            g.data.write(g.external(kernel, "float32", values.shape), values)
+        name = g.fresh("conv")
+        g.microsoft(
+            "CausalConvWithState",
+            [
+                self._use(x),
+                kernel,
+                self._vector(bias) if bias is not None else "",
+                f"state.{state.name}",
+            ],
+            [name, f"next.{state.name}"],
+            channels_last=1,
+            activation="silu" if silu else "none",
+        )
+        return Value(name, x.width)
+
+    def time_step(self, dt: Value, bias: Weight, limit: tuple[float, float]) -> Value:
+        g = self.graph
+        name = g.node("Softplus", [g.node("Add", [self._use(dt), self._vector(bias)])[0]])[0]
+        if limit[0] > 0 or np.isfinite(limit[1]):
+            low = g.constant("low", np.asarray(limit[0], np.float32))
+            high = g.constant("high", np.asarray(limit[1], np.float32))
+            name = g.node("Clip", [name, low, high])[0]
+        return Value(name, dt.width)
+
+    def gated_linear_attention(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        dt: Value,
+        decay: Weight,
+        state: StateSpec,
+        *,
+        groups: int,
+    ) -> Value:
+        """LinearAttention with one log decay a head. It wants k for each head, so k is repeated
+        within its group; q is shared inside the kernel (inverse GQA) where there is one group."""
+        g = self.graph
+        _, heads, d_k, d_v = state.shape
+        log_decay = g.node("Mul", [self._use(dt), self._vector(decay)])[0]
+        v4 = g.node("Reshape", [self._use(v), g.ints(0, 0, heads, d_v)])[0]
+        dt4 = g.node("Unsqueeze", [self._use(dt), g.ints(3)])[0]
+        weighted = g.node("Mul", [v4, dt4])[0]
+        weighted = g.node("Reshape", [weighted, g.ints(0, 0, heads * d_v)])[0]
+
+        def repeated(x: Value) -> str:
+            name = self._use(x)
+            if groups == heads:
+                return name
+            share = heads // groups
+            split = g.node("Reshape", [name, g.ints(0, 0, groups, 1, d_k)])[0]
+            tiled = g.node("Expand", [split, g.constant("share", np.asarray([share, 1]))])[0]
+            return g.node("Reshape", [tiled, g.ints(0, 0, heads * d_k)])[0]
+
+        name = g.fresh("linear_attention")
+        g.microsoft(
+            "LinearAttention",
+            [repeated(q), repeated(k), weighted, f"state.{state.name}", log_decay],
+            [name, f"next.{state.name}"],
+            q_num_heads=heads,
+            kv_num_heads=heads,
+            update_rule="gated",
+            scale=1.0,
+        )
+        return Value(name, heads * d_v)
+
+    def head_scale(self, x: Value, weight: Weight) -> Value:
+        """Multiply by the weight repeated over each head's width (a constant)."""
+        g, heads = self.graph, weight.shape[0]
+        name = f"{weight.name}.wide"
+        if not g.has(name):
+            values = np.repeat(weight.values, x.width // heads)
+            g.data.write(g.external(name, "float32", values.shape), values)
+        return Value(g.node("Mul", [self._use(x), name])[0], x.width)
+
+
+def scheme_groups(weights: Sequence[Weight]) -> dict[tuple[str, Scheme], list[Weight]]:
+    """Weights by role and scheme, for the manifest and `inspect`."""
+    groups: dict[tuple[str, Scheme], list[Weight]] = {}
+    for w in weights:
+        groups.setdefault((w.role, w.scheme), []).append(w)
+    return groups

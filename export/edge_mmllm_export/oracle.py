@@ -1,0 +1,43 @@
+"""The float32 oracle as a session-like object: prefill in pieces, state carried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.numpy import NumpyOps
+from edge_mmllm_export.weights import Weight
+
+Array = NDArray[np.float32]
+
+
+class Oracle:
+    """Runs a definition in float32 numpy.
+
+    Args:
+        keep_weights: hold matrices in memory (tiny models, many forwards); by default each is
+            streamed from the checkpoint and dropped, so that memory stays bounded.
+    """
+
+    def __init__(
+        self, model: Architecture, weights: Mapping[str, Weight], *, keep_weights: bool = False
+    ) -> None:
+        self.model, self.weights = model, weights
+        self._cache: dict[str, Array] | None = {} if keep_weights else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the empty state."""
+        self.position = 0
+        self.states = {s.name: np.zeros(s.at(0), np.float32) for s in self.model.states()}
+
+    def forward(self, ids: NDArray[np.int64], rows: NDArray[np.int64] | None = None) -> Array:
+        """Token ids `(seq,)` -> logits `(rows, vocab)`; all rows by default."""
+        op = NumpyOps(self.states, self.position, rows, self._cache)
+        x = self.model.embed(op, self.weights, ids)  # type: ignore[arg-type]
+        logits = self.model.decode(op, self.weights, x)
+        self.position += len(ids)
+        return logits

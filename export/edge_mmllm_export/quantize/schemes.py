@@ -1,0 +1,150 @@
+"""Storage schemes and the plan that gives each weight one.
+
+`f32 | f16 | int8 | int4` mean the same in every output format. Schemes that need calibration
+data (GPTQ, AWQ, importance matrices) belong in a sibling module and return the same `Quantized`
+blocks as `blocks.quantize`, so that no backend has to know how the numbers were chosen.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from edge_mmllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from edge_mmllm_export.weights import Parameter
+
+Zero = Literal["none", "int", "float"]
+QUANT_NAMES = ("f32", "f16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is stored: `w = (q - zero) * scale` in blocks along K.
+
+    Attributes:
+        bits: 32 and 16 are floats, 8 and 4 are quantized.
+        block_size: weights that share a scale.
+        zero: `none` (symmetric: zero is 2^(bits-1)), `int` (a `bits`-wide zero for each block),
+            `float` (a float32 zero: `w = q * scale + minimum`, as GGUF's Q4_1).
+    """
+
+    bits: int = 32
+    block_size: int = 32
+    zero: Zero = "none"
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def name(self) -> str:
+        if not self.quantized:
+            return f"f{self.bits}"
+        suffix = {"none": "", "int": "-asym", "float": "-min"}[self.zero]
+        return f"int{self.bits}-b{self.block_size}{suffix}"
+
+    def bits_per_weight(self) -> float:
+        """Stored bits, scale (float32) and zero included."""
+        if not self.quantized:
+            return float(self.bits)
+        zero = {"none": 0, "int": self.bits, "float": 32}[self.zero]
+        return self.bits + (32 + zero) / self.block_size
+
+
+F32 = Scheme(32)
+F16 = Scheme(16)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What `--quant`, `--block-size`, `--zero` and the overrides ask for.
+
+    Attributes:
+        name: one of `QUANT_NAMES`: the scheme of matrices.
+        embedding: the scheme of embedding and head; None means 8 bits where `name` is int4,
+            else the same as matrices.
+        overrides: `(pattern, scheme)` pairs over our names; the last match wins.
+    """
+
+    name: str = "int4"
+    block_size: int = 32
+    zero: Zero = "none"
+    embedding: str | None = None
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.name, self.embedding):
+            if name is not None and name not in QUANT_NAMES:
+                raise UsageError(f"unknown quantization {name!r}", expected=" | ".join(QUANT_NAMES))
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(
+                f"unsupported block size {self.block_size}",
+                expected=" | ".join(map(str, BLOCK_SIZES)),
+            )
+
+    def _scheme(self, name: str) -> Scheme:
+        bits = {"f32": 32, "f16": 16, "int8": 8, "int4": 4}[name]
+        # Eight bits need no zero point: the range is lost by at most one bit in 255.
+        return Scheme(bits, self.block_size, self.zero if bits == 4 else "none")
+
+    def of(self, p: Parameter) -> Scheme:
+        """The scheme of one parameter. Vectors are always float32."""
+        if p.role == "vector":
+            return F32
+        for pattern, scheme in reversed(self.overrides):
+            if fnmatch.fnmatchcase(p.name, pattern):
+                return _fit(scheme, p)
+        if p.role in ("embedding", "head"):
+            name = self.embedding or ("int8" if self.name == "int4" else self.name)
+            return _fit(self._scheme(name), p)
+        return _fit(self._scheme(self.name), p)
+
+
+def _fit(scheme: Scheme, p: Parameter) -> Scheme:
+    """Embeddings (read by row) need blocks that divide the row; others may end in a short block."""
+    if not scheme.quantized:
+        return scheme
+    size = scheme.block_size
+    if p.role in ("embedding", "head"):
+        while p.shape[1] % size and size > 16:
+            size //= 2
+        if p.shape[1] % size:
+            return F16
+    return replace(scheme, block_size=size)
+
+
+def parse_override(text: str) -> tuple[str, Scheme]:
+    """`PATTERN=SCHEME`, e.g. `layers.0.*=int8` or `*.mlp.down=int4-b64-asym`.
+
+    Raises:
+        UsageError: malformed, or an unknown scheme.
+    """
+    pattern, _, name = text.partition("=")
+    parts = name.split("-")
+    simple: dict[str, Callable[[], Scheme]] = {
+        "f32": lambda: F32,
+        "f16": lambda: F16,
+        "int8": lambda: Scheme(8),
+        "int4": lambda: Scheme(4),
+    }
+    if pattern and parts[0] in simple:
+        scheme = simple[parts[0]]()
+        for part in parts[1:]:
+            if part.startswith("b") and part[1:].isdigit() and int(part[1:]) in BLOCK_SIZES:
+                scheme = replace(scheme, block_size=int(part[1:]))
+            elif part in ("asym", "min"):
+                scheme = replace(scheme, zero="int" if part == "asym" else "float")
+            else:
+                break
+        else:
+            return pattern, scheme
+    raise UsageError(
+        f"cannot read the override {text!r}",
+        expected="PATTERN=f32|f16|int8|int4[-bSIZE][-asym|-min]",
+        fix="for example --override 'layers.0.*=int8-b64'",
+    )

@@ -1,0 +1,202 @@
+"""Logical weights: what a model asks for, where a checkpoint keeps it, and how it is stored.
+
+A model file declares `Parameter`s (our name, shape, role) and, for each checkpoint layout, a
+`Source` for every name. `bind` joins the two over an open checkpoint, or lists everything that
+does not fit in one error. The result is a dict of `Weight`s, read as float32 rows on demand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.errors import NonFiniteWeights, TensorMismatch
+from edge_mmllm_export.checkpoints.base import Checkpoint, Float32
+from edge_mmllm_export.quantize.blocks import dequantize, quantize
+from edge_mmllm_export.quantize.schemes import F32, Scheme
+
+Role = Literal["matrix", "embedding", "head", "vector"]
+
+#: float32 bytes in one tile; peak memory of an export is a few of these for each worker.
+TILE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight as the model sees it.
+
+    Attributes:
+        name: our name, e.g. `layers.3.attn.q`.
+        shape: `(N, K)` for a matrix `y = x @ W.T`, `(vocab, hidden)` for an embedding.
+        role: only `matrix`, `embedding` and `head` are ever quantized; `vector` (norms, biases,
+            decays, conv kernels) stays float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role = "matrix"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter lives in a checkpoint layout.
+
+    Attributes:
+        name: the checkpoint's name for the tensor.
+        rows: take only rows `[start, stop)` of the first axis (fused projections).
+        order: row permutation: our row i is their row `order[i]` (after `rows`).
+        apply: elementwise function (e.g. `A_log -> -exp(A_log)`).
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+    order: NDArray[np.int64] | None = field(default=None, compare=False)
+    apply: Callable[[Float32], Float32] | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A bound weight: `(N, K)` for matrices, quantized in blocks along K by its scheme."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    checkpoint: Checkpoint = field(repr=False)
+    source: Source = field(repr=False)
+    scheme: Scheme = F32
+    as_stored: bool = False
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Float32:
+        """Rows `[start, stop)` as float32, checked to be finite.
+
+        With `as_stored`, the values a device will see: quantized by the scheme and back.
+        """
+        stop = self.shape[0] if stop is None else stop
+        source = self.source
+        base = source.rows[0] if source.rows else 0
+        if source.order is None:
+            tile = self.checkpoint.read(source.name, base + start, base + stop)
+        else:
+            wanted = source.order[start:stop]
+            low, high = int(wanted.min()), int(wanted.max()) + 1
+            tile = self.checkpoint.read(source.name, base + low, base + high)[wanted - low]
+        tile = tile.reshape((stop - start, *self.shape[1:]))
+        if source.apply is not None:
+            tile = np.ascontiguousarray(source.apply(tile), dtype=np.float32)
+        self._check_finite(tile, start)
+        if self.as_stored and self.role != "vector":
+            tile = dequantize(quantize(tile, self.scheme), self.scheme, tile.shape[1])
+        return tile
+
+    def _check_finite(self, tile: Float32, start: int) -> None:
+        # A sum is finite unless a value is not (or it overflows, which the slow path settles).
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = tile.sum(dtype=np.float32)
+        if not np.isfinite(total):
+            bad = ~np.isfinite(tile)
+            if bad.any():
+                at = tuple(int(i) for i in np.argwhere(bad)[0])
+                raise NonFiniteWeights(
+                    f"{int(bad.sum())} values of a weight are NaN or infinite",
+                    where=f"tensor {self.source.name}, first at {(at[0] + start, *at[1:])}",
+                    expected="finite numbers",
+                    found=str(tile[at]),
+                    fix="download the checkpoint again, or repair it where it was trained",
+                )
+
+    def tile_rows(self) -> int:
+        """How many rows make one tile of about `TILE_BYTES`."""
+        width = int(np.prod(self.shape[1:], dtype=np.int64)) or 1
+        return max(1, min(self.shape[0], TILE_BYTES // (4 * width)))
+
+    def tiles(self) -> Iterator[tuple[int, int, Float32]]:
+        """`(start, stop, rows)` over the whole weight, streamed."""
+        step = self.tile_rows()
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            yield start, stop, self.rows(start, stop)
+
+    @cached_property
+    def values(self) -> Float32:
+        """The whole weight (vectors and other small ones only)."""
+        return self.rows()
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def bind(
+    checkpoint: Checkpoint,
+    parameters: Sequence[Parameter],
+    sources: Mapping[str, Source],
+    *,
+    ignored: Sequence[str] = (),
+    schemes: Callable[[Parameter], Scheme] = lambda _: F32,
+) -> dict[str, Weight]:
+    """Join parameters and checkpoint.
+
+    Args:
+        ignored: `fnmatch` patterns of checkpoint tensors that the model does not need.
+        schemes: the storage scheme of each parameter.
+
+    Raises:
+        TensorMismatch: lists every missing, unexpected and misshapen tensor.
+    """
+    tensors = checkpoint.tensors
+    missing: list[str] = []
+    misshapen: list[str] = []
+    bound: dict[str, Weight] = {}
+    for p in parameters:
+        source = sources[p.name]
+        info = tensors.get(source.name)
+        if info is None:
+            near = difflib.get_close_matches(source.name, tensors, n=1, cutoff=0.9)
+            missing.append(f"{source.name} {p.shape}" + (f" (found: {near[0]})" if near else ""))
+            continue
+        stored = info.shape
+        if source.rows is not None:
+            if source.rows[1] > (stored[0] if stored else 0):
+                misshapen.append(f"{source.name}: needs {source.rows[1]} rows, is {stored}")
+                continue
+            stored = (source.rows[1] - source.rows[0], *stored[1:])
+        if not _same_layout(stored, p.shape):
+            misshapen.append(f"{source.name}: expected {p.shape}, found {info.shape}")
+            continue
+        bound[p.name] = Weight(p.name, p.shape, p.role, checkpoint, source, schemes(p))
+    used = {s.name for s in sources.values()}
+    unexpected = [
+        name
+        for name in tensors
+        if name not in used and not any(fnmatch.fnmatchcase(name, i) for i in ignored)
+    ]
+    if missing or unexpected or misshapen:
+        lines = [f"missing: {n}" for n in missing]
+        lines += [f"unexpected: {n} {tensors[n].shape}" for n in unexpected]
+        lines += [f"wrong shape: {n}" for n in misshapen]
+        raise TensorMismatch(
+            f"the checkpoint does not fit its config: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unexpected, {len(misshapen)} of the wrong shape",
+            where=str(checkpoint.source),
+            found="\n    " + "\n    ".join(lines),
+            fix="check config.json against the weights, or export from the original checkpoint",
+        )
+    return bound
+
+
+def _same_layout(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Equal but for axes of length one (conv kernels are stored `(channels, 1, width)`)."""
+    return [d for d in stored if d != 1] == [d for d in wanted if d != 1]
+
+
+def as_stored(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The same weights as the device will see them: tells a packing bug from quantization loss."""
+    return {name: replace(w, as_stored=True) for name, w in weights.items()}
