@@ -48,14 +48,15 @@ def load(
         MissingDependency: the engine's package is not installed.
         UsageError: `engine`, `threads` or `context` does not fit the bundle.
     """
-    from edge_mmllm.bundle import open_bundle
     from edge_mmllm.profiling.machine import default_threads
     from edge_mmllm.text import Text
+
+    from edge_mmllm.bundle import TOKENIZER_FILE, open_bundle
     from edge_mmllm_runtime.session import Session
 
     bundle = open_bundle(path)
     spec = bundle.spec
-    name = _engine_name(engine, str(bundle.manifest.get("engine", "onnx")))
+    name = _engine_name(engine, bundle.manifest.engine)
     context = _context(context, spec.context_length, any(s.grows for s in spec.states))
     if threads is not None and threads < 1:
         raise UsageError("threads must be at least 1", found=str(threads))
@@ -64,7 +65,7 @@ def load(
     def make_text() -> Text:
         if spec.text.tokenizer != "tokenizers":
             return Text(spec.text, None)
-        return Text(spec.text, bundle.file("tokenizer.json").read_bytes())
+        return Text(spec.text, bundle.file(TOKENIZER_FILE).read_bytes())
 
     return Session(
         make_engine(spec, bundle.file, threads=threads or default_threads(), context=context),

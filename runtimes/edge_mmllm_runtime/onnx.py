@@ -20,8 +20,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_mmllm.errors import CorruptBundle, SessionError
-from edge_mmllm.spec import ModelSpec, Stage
+from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
+from edge_mmllm.spec import CAPACITY, ModelSpec, Stage
 from edge_mmllm_runtime.engine import Arrays, Float32, Int64
 from edge_mmllm_runtime.state import StateBuffers, allocate
 
@@ -39,7 +39,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, not printed
     return options
 
 
@@ -64,12 +64,16 @@ class OnnxEngine:
         self, spec: ModelSpec, file: Callable[[str], Path], *, threads: int, context: int | None
     ) -> None:
         self._spec, self._file, self.threads = spec, file, threads
-        stage = spec.stages["decoder"]
+        stage = spec.stages.get("decoder")
+        if stage is None:
+            raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
         self._inputs = frozenset(stage.inputs)
         self.accepts_embeddings = "inputs_embeds" in self._inputs
         self._session = _open(file(stage.file), threads)
         _check(self._session, spec, stage)
         grows = any(s.grows for s in spec.states)
+        if grows and context is None:
+            raise UsageError("a model whose state grows needs a context", expected="tokens")
         self.capacity = context if grows else None
         self._states = StateBuffers(spec.states, self.capacity)
         self.state_capacity_bytes = self._states.size_bytes
@@ -87,6 +91,7 @@ class OnnxEngine:
         self._first_row: Int64 = rows.view(np.int64)
         self._embeds: Float32 = embeds.view(np.float32).reshape(1, width)
         self._logits: Float32 = logits.view(np.float32).reshape(1, spec.vocab_size)
+        self._logits_row: Float32 = self._logits[0]
         self._logits_value = _value(self._logits)
         self._run = self._session._sess.run_with_iobinding
         values = {
@@ -141,7 +146,7 @@ class OnnxEngine:
         if self.accepts_embeddings:
             self._embeds[:] = self._embedder()(self._token)
         self._execute(self._steps[self._states.parity])
-        return self._logits[0]
+        return self._logits_row
 
     def _execute(self, binding: Any) -> None:
         try:
@@ -216,36 +221,47 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def _check(session: ort.InferenceSession, spec: ModelSpec, stage: Stage) -> None:
-    """Compares a decoder's inputs and outputs with the manifest.
+    """Compares a decoder's inputs and outputs with the manifest: names, types, fixed sizes.
 
     Raises:
         CorruptBundle: all differences at once.
     """
-    types = {
-        "input_ids": ("tensor(int64)", 1),
-        "inputs_embeds": ("tensor(float)", 2),
-        "position": ("tensor(int64)", 1),
-        "logit_rows": ("tensor(int64)", 1),
-        "logits": ("tensor(float)", 2),
+    plain = {
+        "input_ids": ("tensor(int64)", (None,)),
+        "inputs_embeds": ("tensor(float)", (None, spec.hidden_size)),
+        "position": ("tensor(int64)", (1,)),
+        "logit_rows": ("tensor(int64)", (None,)),
+        "logits": ("tensor(float)", (None, spec.vocab_size)),
     }
-    states = {s.name: (_ORT_TYPES[s.dtype], len(s.shape)) for s in spec.states}
-    wanted = [
-        {n: types[n] for n in stage.inputs} | {f"state.{n}": t for n, t in states.items()},
-        {n: types[n] for n in stage.outputs} | {f"next.{n}": t for n, t in states.items()},
-    ]
+    states = {
+        s.name: (_ORT_TYPES[s.dtype], tuple(None if d == CAPACITY else d for d in s.shape))
+        for s in spec.states
+    }
     wrong = []
-    for side, nodes, want in zip(
-        ("input", "output"), (session.get_inputs(), session.get_outputs()), wanted, strict=True
+    for side, nodes, names, prefix in (
+        ("input", session.get_inputs(), stage.inputs, "state."),
+        ("output", session.get_outputs(), stage.outputs, "next."),
     ):
-        have = {n.name: (n.type, len(n.shape)) for n in nodes}
-        wrong += [
-            f"{side} {name}: {want.get(name, 'not in the manifest')} against "
-            f"{have.get(name, 'not in the graph')}"
-            for name in sorted(want.keys() | have.keys())
-            if want.get(name) != have.get(name)
-        ]
+        want = {n: plain.get(n) for n in names} | {prefix + n: t for n, t in states.items()}
+        have = {n.name: (n.type, tuple(n.shape)) for n in nodes}
+        for name in sorted(want.keys() | have.keys()):
+            wanted, found = want.get(name), have.get(name)
+            if wanted is None or found is None or not _agree(wanted, found):
+                wrong.append(f"{side} {name}: expected {wanted}, found {found}")
     if wrong:
         raise CorruptBundle(
             f"{len(wrong)} inputs or outputs of {stage.file} differ from the manifest",
             where="; ".join(wrong[:8]),
         )
+
+
+def _agree(wanted: tuple[str, tuple[int | None, ...]], found: tuple[str, tuple[Any, ...]]) -> bool:
+    """Whether types are the same and every size that both sides fix is."""
+    return (
+        wanted[0] == found[0]
+        and len(wanted[1]) == len(found[1])
+        and all(
+            w == f or w is None or not isinstance(f, int)
+            for w, f in zip(wanted[1], found[1], strict=True)
+        )
+    )

@@ -1,50 +1,36 @@
 """The session: one model, one context, whatever the engine underneath.
 
-    with edge_mmllm.load("smollm2.int4") as session:
-        for piece in session.generate("Once upon a time", max_new_tokens=50):
-            print(piece, end="", flush=True)
-
-A session holds the state of one context at a time. It is not safe to use from two threads at
-once. Every call checks its arguments before it touches the state: after a `UsageError` or
-`ContextFull` the session is as it was.
+with edge_mmllm.load("smollm2.int4") as session:
+    for piece in session.generate("Once upon a time", max_new_tokens=50):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
 
-import operator
-from array import array
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from edge_mmllm.errors import ContextFull, SessionClosed, StateMismatch, UsageError
+from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import ModelSpec
-from edge_mmllm_runtime.engine import Engine, Float32, Int64
-from edge_mmllm_runtime.snapshot import Snapshot
+from edge_mmllm_runtime import generation
+from edge_mmllm_runtime.context import CHUNK, Context, Progress
+from edge_mmllm_runtime.engine import Engine
+from edge_mmllm_runtime.generation import FinishReason, Prompt
+from edge_mmllm_runtime.sampling import Sampling
 
-#: Called between the chunks of a long prefill with (tokens done, tokens in all). Whatever it
-#: raises (`Cancelled`, by convention) ends the prefill and undoes it.
-Progress = Callable[[int, int], None]
-
-#: Tokens of one prefill run.
-CHUNK = 512
-
-#: Ids of the state are remembered up to this many tokens, so that a session over a model with
-#: constant state takes constant memory. Beyond it only `reuse=True` is lost.
-REMEMBERED_TOKENS = 1 << 16
+if TYPE_CHECKING:
+    from edge_mmllm.text import Text
 
 
-class Session:
-    """A loaded model with a context.
+class Session(Context):
+    """A context that reads and writes text.
 
     Args:
-        engine: the adapter; the session closes it.
-        spec: the model, as the manifest says it.
-        bundle_sha256: identity of the bundle; snapshots are bound to it.
-        tokenizer: makes the `edge_mmllm.text.Text` on first use; None: token ids only.
-        chunk: tokens of one prefill run.
+        engine, spec, bundle_sha256, context, chunk: see `Context`.
+        make_text: makes the tokenizer on first use; None: token ids only.
+
+    Attributes:
+        finish_reason: why the last generation ended; None before its end.
     """
 
     def __init__(
@@ -52,66 +38,18 @@ class Session:
         engine: Engine,
         spec: ModelSpec,
         bundle_sha256: str,
-        tokenizer: Callable[[], Any] | None = None,
+        make_text: Callable[[], Text] | None = None,
         *,
         context: int | None = None,
         chunk: int = CHUNK,
     ) -> None:
-        self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
-        self.context = context
-        self._engine: Engine | None = engine
-        self._make_text = tokenizer
-        self._text: Any = None
-        self._position = 0
-        self._tokens: array[int] | None = array("i")
-        self._logits: Float32 | None = None
-        self._version = 0
-
-    # -- what is in the state ---------------------------------------------------------------
+        super().__init__(engine, spec, bundle_sha256, context=context, chunk=chunk)
+        self._make_text = make_text
+        self._text: Text | None = None
+        self.finish_reason: FinishReason | None = None
 
     @property
-    def engine(self) -> Engine:
-        """The engine adapter.
-
-        Raises:
-            SessionClosed: after `close()`.
-        """
-        if self._engine is None:
-            raise SessionClosed("the session is closed", fix="load the bundle again")
-        return self._engine
-
-    @property
-    def position(self) -> int:
-        """Tokens in the state."""
-        return self._position
-
-    @property
-    def tokens(self) -> tuple[int, ...] | None:
-        """Ids in the state (-1 for an embedding); None beyond `REMEMBERED_TOKENS`."""
-        return None if self._tokens is None else tuple(self._tokens)
-
-    @property
-    def logits(self) -> Float32 | None:
-        """Float32 `(vocab,)` of the last token in the state, if known. Do not write to it."""
-        return self._logits
-
-    @property
-    def version(self) -> int:
-        """Changes with every change of the state; two equal versions are the same state."""
-        return self._version
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state in use at this position (constant for recurrent models)."""
-        return self.spec.state_bytes(self._position)
-
-    @property
-    def state_capacity_bytes(self) -> int:
-        """Bytes the engine reserved for states; memory never written may not be committed."""
-        return self.engine.state_capacity_bytes
-
-    @property
-    def text(self) -> Any:
+    def text(self) -> Text:
         """The bundle's `edge_mmllm.text.Text`.
 
         Raises:
@@ -126,228 +64,120 @@ class Session:
             self._text = self._make_text()
         return self._text
 
-    # -- running the model ------------------------------------------------------------------
-
-    def prefill(
+    def generate(
         self,
-        tokens_or_embeddings: Sequence[int] | Int64 | Float32,
-        positions: Sequence[int] | Int64 | None = None,
-        logits: Literal["last", "all"] = "last",
+        prompt_or_messages: Prompt,
+        images: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
         *,
+        reuse: bool = False,
         progress: Progress | None = None,
-    ) -> Float32:
-        """Adds tokens (or embeddings) to the context, in chunks of `self.chunk`.
+    ) -> Iterator[str]:
+        """Answers with text, piece by piece.
+
+        Arguments are checked now; the prompt is read when the first piece is asked for. See
+        `sampling.py` for the order in which the sampling settings apply.
 
         Args:
-            tokens_or_embeddings: ids `(n,)`, or float32 `(n, hidden)` where the decoder takes
-                embeddings; n >= 1.
-            positions: None, or the next n positions: bundles of this release are sequential.
-            logits: `last` for those of the last token, `all` for those of each.
-            progress: called after each chunk but the last; may raise to cancel.
+            prompt_or_messages: text; chat messages (`{"role": ..., "content": ...}`), which go
+                through the bundle's chat template; token ids; or None to go on from the state,
+                after `prefill`, `decode` or `restore`.
+            images, audio: for multimodal bundles.
+            max_new_tokens: ends the answer at the latest. It ends earlier at any of the
+                model's end-of-sequence tokens, at a stop string or where the context is full:
+                see `finish_reason`.
+            stop: strings that end the answer and are not part of it.
+            reuse: False starts from an empty context. True keeps what the state already has of
+                the prompt, as a chat wants it: the longest common beginning where every state
+                can be cut (attention); all of the state, or nothing, where it is constant
+                (recurrent). The logits may differ from a fresh start by rounding.
+            progress: see `prefill`.
 
-        Returns:
-            float32 `(vocab,)` for `last`, `(n, vocab)` for `all`.
-
-        Raises:
-            UsageError, ContextFull: nothing was changed.
-            SessionError, Cancelled, or what `progress` raised: the state is as before the call.
-        """
-        engine = self.engine
-        if logits not in ("last", "all"):
-            raise UsageError("unknown value of logits", expected="last or all", found=repr(logits))
-        x = self._checked(tokens_or_embeddings)
-        total = len(x)
-        self._check_positions(positions, total)
-        self._check_room(total)
-        start = self._position
-        mark = engine.mark(start) if total > self.chunk else None
-        parts = []
-        try:
-            for begin in range(0, total, self.chunk):
-                if begin and progress is not None:
-                    progress(begin, total)
-                part = x[begin : begin + self.chunk]
-                if logits == "all":
-                    rows = np.arange(len(part))
-                elif begin + len(part) == total:
-                    rows = np.array([len(part) - 1])
-                else:
-                    rows = np.empty(0, np.int64)
-                parts.append(engine.forward(part, start + begin, rows))
-        except BaseException:
-            if mark is not None:
-                engine.rollback(mark)
-            raise
-        result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
-        self._advance(x.tolist() if x.ndim == 1 else [-1] * total)
-        self._logits = result if logits == "last" else result[-1].copy()
-        return result
-
-    def decode(self, token_id: int) -> Float32:
-        """Adds one token.
-
-        Returns:
-            float32 `(vocab,)`, owned by the caller.
+        Yields:
+            Pieces of text: whole characters, never a part of a stop string.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
         """
-        result = self._step(int(self._checked([token_id])[0])).copy()
-        self._logits = result
-        return result
-
-    def _step(self, token: int) -> Float32:
-        """`decode` without a copy of the logits; `token` is known to be valid."""
-        engine = self.engine
-        self._check_room(1)
-        self._logits = None  # a view, overwritten even where the engine fails
-        result = engine.step(token, self._position)
-        self._advance((token,))
-        self._logits = result
-        return result
-
-    def reset(self) -> None:
-        """Empties the context."""
-        self.engine.clear()
-        self._set(0, array("i"), None)
-
-    # -- snapshots --------------------------------------------------------------------------
-
-    def snapshot(self) -> Snapshot:
-        """A copy of the state; `restore` it any number of times to branch."""
-        return Snapshot(
-            bundle_sha256=self.bundle_sha256,
-            position=self._position,
-            states=self.engine.save(self._position),
-            logits=None if self._logits is None else self._logits.copy(),
-            tokens=None if self._tokens is None else self._tokens[:],
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Goes back, or over, to a snapshot of the same bundle (its context may differ).
-
-        Raises:
-            StateMismatch: it belongs to another bundle; nothing was changed.
-            ContextFull: it has more tokens than this session's context; nothing was changed.
-        """
-        engine = self.engine
-        if snapshot.bundle_sha256 != self.bundle_sha256:
-            raise StateMismatch(
-                "the snapshot belongs to another bundle",
-                expected=self.bundle_sha256,
-                found=snapshot.bundle_sha256,
-                fix="restore it in a session of the bundle it was taken from",
-            )
-        if self.context is not None and snapshot.position > self.context:
-            raise ContextFull(0, snapshot.position, self.context)
-        engine.load(snapshot.states, snapshot.position)
-        tokens, logits = snapshot.tokens, snapshot.logits
-        self._set(
-            snapshot.position,
-            None if tokens is None else tokens[:],
-            None if logits is None else logits.copy(),
-        )
-
-    # -- checks and bookkeeping -------------------------------------------------------------
-
-    def _checked(self, x: Sequence[int] | Int64 | Float32) -> Int64 | Float32:
-        """`x` as int64 `(n,)` or float32 `(n, hidden)`.
-
-        Raises:
-            UsageError: empty, not integers, outside the vocabulary, or a wrong shape.
-        """
-        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-            if not self.engine.accepts_embeddings:
-                raise UsageError("this bundle's decoder takes token ids, not embeddings")
-            if x.ndim != 2 or x.shape[1] != self.spec.hidden_size or not len(x):
-                raise UsageError(
-                    "embeddings of a wrong shape",
-                    expected=f"(n >= 1, {self.spec.hidden_size})",
-                    found=str(x.shape),
-                )
-            return np.ascontiguousarray(x, np.float32)
-        return checked_ids(x, self.spec.vocab_size)
-
-    def _check_positions(self, positions: Sequence[int] | Int64 | None, count: int) -> None:
-        if positions is None:
-            return
-        expected = np.arange(self._position, self._position + count)
-        if not np.array_equal(np.asarray(positions), expected):
+        if images is not None or audio is not None:
             raise UsageError(
-                "this bundle takes sequential positions only",
-                expected=f"{self._position} to {self._position + count - 1}",
-                fix="leave positions out",
+                "this bundle understands text only",
+                where=self.spec.architecture,
+                found="images" if images is not None else "audio",
+                fix="leave images and audio out, or load a multimodal bundle",
             )
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        return self._generate(prompt_or_messages, max_new_tokens, sampling, stop, reuse, progress)
 
-    def _check_room(self, count: int) -> None:
-        if self.context is not None and self._position + count > self.context:
-            raise ContextFull(self._position, count, self.context)
-
-    def _advance(self, tokens: Sequence[int]) -> None:
-        self._position += len(tokens)
-        self._version += 1
-        if self._tokens is not None:
-            if self._position > REMEMBERED_TOKENS:
-                self._tokens = None
-            else:
-                self._tokens.extend(tokens)
-
-    def _set(self, position: int, tokens: array[int] | None, logits: Float32 | None) -> None:
-        self._position, self._tokens, self._logits = position, tokens, logits
-        self._version += 1
-
-    # -- end --------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Gives the engine's memory back. Closing twice is fine."""
-        engine, self._engine = self._engine, None
-        self._logits = None
-        if engine is not None:
-            engine.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
+    def generate_tokens(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        *,
+        ignore_eos: bool = False,
+        reuse: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[int]:
+        """As `generate`, but yields token ids; an end-of-sequence token is not yielded.
 
+        Args:
+            prompt, max_new_tokens, reuse, progress: see `generate`.
+            sampling: None for greedy.
+            ignore_eos: go on after an end-of-sequence token (and yield it), as benchmarks with
+                a fixed number of tokens need.
 
-def checked_ids(ids: Any, vocab_size: int) -> Int64:
-    """Token ids as int64 `(n,)`.
-
-    Raises:
-        UsageError: empty, not integers, or outside the vocabulary.
-    """
-    if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "iu" or ids.ndim != 1:
-            raise UsageError(
-                "token ids must be integers in one dimension",
-                found=f"{ids.dtype} {ids.shape}",
-            )
-        values = ids
-    else:
-        try:
-            values = np.array([_index(i) for i in ids], dtype=np.int64)
-        except (TypeError, OverflowError) as error:
-            raise UsageError("token ids must be integers", found=str(error)) from error
-    if not values.size:
-        raise UsageError("no tokens given", expected="at least one token")
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= vocab_size:
-        raise UsageError(
-            "a token id is outside the vocabulary",
-            expected=f"0 to {vocab_size - 1}",
-            found=str(low if low < 0 else high),
+        Raises:
+            UsageError, ContextFull: nothing was changed.
+        """
+        return generation.tokens(
+            self,
+            prompt,
+            max_new_tokens,
+            sampling or Sampling(),
+            stop_ids=frozenset() if ignore_eos else frozenset(self.spec.text.eos_ids),
+            reuse=reuse,
+            progress=progress,
         )
-    return np.ascontiguousarray(values, np.int64)
 
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> list[str]:
+        """Answers each prompt from an empty context, one after the other.
 
-def _index(value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError("a bool")
-    return operator.index(value)
+        All prompts are checked before the first is read. With a seed, each answer is the one
+        that `generate` gives with that seed.
+
+        Raises:
+            UsageError, ContextFull: nothing was changed.
+        """
+        streams = [self._generate(p, max_new_tokens, sampling, stop) for p in prompts]
+        return ["".join(stream) for stream in streams]
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        stop: str | Sequence[str],
+        reuse: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[str]:
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise UsageError("stop strings must be text that is not empty", found=repr(stops))
+        _ = self.text
+        ids = self.generate_tokens(prompt, max_new_tokens, sampling, reuse=reuse, progress=progress)
+        return generation.pieces(self, ids, stops)

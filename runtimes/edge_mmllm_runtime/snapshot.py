@@ -70,9 +70,10 @@ class Snapshot:
 
         Raises:
             StateMismatch: the file is not a snapshot of this release.
+            OSError: it cannot be read.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
                 if int(data["format"]) != _FORMAT:
                     raise ValueError(f"format {int(data['format'])}")
                 tokens = None
@@ -85,9 +86,7 @@ class Snapshot:
                     logits=data.get("logits"),
                     tokens=tokens,
                 )
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StateMismatch(
                 "not a snapshot file of this release", where=str(path), found=str(error)
             ) from error

@@ -29,7 +29,12 @@ class Toy:
     reference: Callable[[NDArray[np.int64]], Float32]
 
     def engine(self, context: int | None = None) -> OnnxEngine:
-        return OnnxEngine(self.spec, lambda f: self.folder / f, threads=2, context=context)
+        return OnnxEngine(
+            self.spec,
+            lambda f: self.folder / f,
+            threads=2,
+            context=context or self.spec.context_length,
+        )
 
     def session(
         self, context: int | None = None, *, chunk: int = 512, sha: str = "0" * 64

@@ -1,0 +1,377 @@
+"""A model's context: what it has read so far, and what it says about the next token.
+
+A context is not safe to use from two threads at once. Every call checks its arguments before it
+touches the state: after a `UsageError` or `ContextFull` everything is as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edge_mmllm.errors import ContextFull, SessionClosed, StateMismatch, UsageError
+from edge_mmllm.spec import ModelSpec
+from edge_mmllm_runtime.engine import Engine, Float32, Int64
+from edge_mmllm_runtime.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Called between the chunks of a long prefill with (tokens done, tokens in all). Whatever it
+#: raises (`Cancelled`, by convention) ends the prefill and undoes it.
+Progress = Callable[[int, int], None]
+
+#: Tokens of one prefill run.
+CHUNK = 512
+
+#: Ids of the state are remembered up to this many tokens, so that a session over a model with
+#: constant state takes constant memory. Beyond it only `reuse=True` is lost.
+REMEMBERED_TOKENS = 1 << 16
+
+
+class Context:
+    """The state of one loaded model, driven through its engine.
+
+    Args:
+        engine: the adapter; closed with the context.
+        spec: the model, as the manifest says it.
+        bundle_sha256: identity of the bundle; snapshots are bound to it.
+            context: tokens the session may hold; None for no limit.
+        chunk: tokens of one prefill run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: ModelSpec,
+        bundle_sha256: str,
+        *,
+        context: int | None = None,
+        chunk: int = CHUNK,
+    ) -> None:
+        self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
+        self.context = context
+        self._engine: Engine | None = engine
+        self._position = 0
+        self._tokens: array[int] | None = array("i")
+        self._logits: Float32 | None = None
+        self._version = 0
+
+    # -- what is in the state ---------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine adapter.
+
+        Raises:
+            SessionClosed: after `close()`.
+        """
+        if self._engine is None:
+            raise SessionClosed("the session is closed", fix="load the bundle again")
+        return self._engine
+
+    @property
+    def position(self) -> int:
+        """Tokens in the state."""
+        return self._position
+
+    @property
+    def tokens(self) -> tuple[int, ...] | None:
+        """Ids in the state (-1 for an embedding); None beyond `REMEMBERED_TOKENS`."""
+        return None if self._tokens is None else tuple(self._tokens)
+
+    @property
+    def logits(self) -> Float32 | None:
+        """Float32 `(vocab,)` of the last token in the state, if known. Do not write to it."""
+        return self._logits
+
+    @property
+    def version(self) -> int:
+        """Changes with every change of the state; two equal versions are the same state."""
+        return self._version
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state in use at this position (constant for recurrent models)."""
+        return self.spec.state_bytes(self._position)
+
+    @property
+    def state_capacity_bytes(self) -> int:
+        """Bytes the engine reserved for states; memory never written may not be committed."""
+        return self.engine.state_capacity_bytes
+
+    # -- running the model ------------------------------------------------------------------
+
+    def prefill(
+        self,
+        tokens_or_embeddings: Sequence[int] | Int64 | Float32,
+        positions: Sequence[int] | Int64 | None = None,
+        logits: Literal["last", "all"] = "last",
+        *,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """Adds tokens (or embeddings) to the context, in chunks of `self.chunk`.
+
+        Args:
+            tokens_or_embeddings: ids `(n,)`, or float32 `(n, hidden)` where the decoder takes
+                embeddings; n >= 1.
+            positions: None, or the next n positions: bundles of this release are sequential.
+            logits: `last` for those of the last token, `all` for those of each.
+            progress: called after each chunk but the last; may raise to cancel.
+
+        Returns:
+            float32 `(vocab,)` for `last`, `(n, vocab)` for `all`.
+
+        Raises:
+            UsageError, ContextFull: nothing was changed.
+            SessionError, Cancelled, or what `progress` raised: the state is as before the call.
+        """
+        engine = self.engine
+        if logits not in ("last", "all"):
+            raise UsageError("unknown value of logits", expected="last or all", found=repr(logits))
+        x = self._checked(tokens_or_embeddings)
+        total = len(x)
+        self._check_positions(positions, total)
+        self._check_room(total)
+        start = self._position
+        mark = engine.mark(start) if total > self.chunk else None
+        parts = []
+        try:
+            for begin in range(0, total, self.chunk):
+                if begin and progress is not None:
+                    progress(begin, total)
+                part = x[begin : begin + self.chunk]
+                if logits == "all":
+                    rows = np.arange(len(part))
+                elif begin + len(part) == total:
+                    rows = np.array([len(part) - 1])
+                else:
+                    rows = np.empty(0, np.int64)
+                parts.append(engine.forward(part, start + begin, rows))
+        except BaseException:
+            if mark is not None:
+                engine.rollback(mark)
+            raise
+        result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
+        self._advance(x.tolist() if x.ndim == 1 else [-1] * total)
+        self._logits = result if logits == "last" else result[-1].copy()
+        return result
+
+    def decode(self, token_id: int) -> Float32:
+        """Adds one token.
+
+        Returns:
+            float32 `(vocab,)`, owned by the caller.
+
+        Raises:
+            UsageError, ContextFull: nothing was changed.
+        """
+        result = self.step(int(self.check_ids([token_id])[0])).copy()
+        self._logits = result
+        return result
+
+    def step(self, token: int) -> Float32:
+        """`decode` without the copy and the check, for loops of the runtime's own.
+
+        Args:
+            token: an id that is known to be valid.
+
+        Returns:
+            float32 `(vocab,)`, a view that the next call overwrites.
+        """
+        engine = self.engine
+        self._check_room(1)
+        self._logits = None  # a view, overwritten even where the engine fails
+        result = engine.step(token, self._position)
+        self._advance((token,))
+        self._logits = result
+        return result
+
+    def drop_logits(self) -> None:
+        """Forgets `logits`: what they say was acted upon."""
+        self._logits = None
+
+    def reset(self) -> None:
+        """Empties the context."""
+        self.engine.clear()
+        self._set(0, array("i"), None)
+
+    def rewind(self, position: int) -> bool:
+        """Drops the tokens from `position` on, where that costs nothing.
+
+        Returns:
+            False, with nothing changed, where the model cannot forget (a constant state).
+
+        Raises:
+            UsageError: `position` lies beyond the state.
+        """
+        if not 0 <= position <= self._position:
+            raise UsageError(
+                "no such position", expected=f"0 to {self._position}", found=str(position)
+            )
+        if position == self._position:
+            return True
+        if not self.engine.rewind(self._position, position):
+            return False
+        self._set(position, None if self._tokens is None else self._tokens[:position], None)
+        return True
+
+    # -- snapshots --------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state; `restore` it any number of times to branch."""
+        return Snapshot(
+            bundle_sha256=self.bundle_sha256,
+            position=self._position,
+            states=self.engine.save(self._position),
+            logits=None if self._logits is None else self._logits.copy(),
+            tokens=None if self._tokens is None else self._tokens[:],
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back, or over, to a snapshot of the same bundle (its context may differ).
+
+        Raises:
+            StateMismatch: it belongs to another bundle; nothing was changed.
+            ContextFull: it has more tokens than this context's capacity; nothing was changed.
+        """
+        engine = self.engine
+        if snapshot.bundle_sha256 != self.bundle_sha256:
+            raise StateMismatch(
+                "the snapshot belongs to another bundle",
+                expected=self.bundle_sha256,
+                found=snapshot.bundle_sha256,
+                fix="restore it in a session of the bundle it was taken from",
+            )
+        tokens, logits = snapshot.tokens, snapshot.logits
+        if (
+            snapshot.position < 0
+            or (tokens is not None and len(tokens) != snapshot.position)
+            or (logits is not None and logits.shape != (self.spec.vocab_size,))
+        ):
+            raise StateMismatch("the snapshot is damaged", found=f"position {snapshot.position}")
+        if self.context is not None and snapshot.position > self.context:
+            raise ContextFull(0, snapshot.position, self.context)
+        engine.load(snapshot.states, snapshot.position)
+        self._set(
+            snapshot.position,
+            None if tokens is None else tokens[:],
+            None if logits is None else logits.copy(),
+        )
+
+    # -- checks and bookkeeping -------------------------------------------------------------
+
+    def _checked(self, x: Sequence[int] | Int64 | Float32) -> Int64 | Float32:
+        """`x` as int64 `(n,)` or float32 `(n, hidden)`.
+
+        Raises:
+            UsageError: empty, not integers, outside the vocabulary, or a wrong shape.
+        """
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+            if not self.engine.accepts_embeddings:
+                raise UsageError("this bundle's decoder takes token ids, not embeddings")
+            if x.ndim != 2 or x.shape[1] != self.spec.hidden_size or not len(x):
+                raise UsageError(
+                    "embeddings of a wrong shape",
+                    expected=f"(n >= 1, {self.spec.hidden_size})",
+                    found=str(x.shape),
+                )
+            return np.ascontiguousarray(x, np.float32)
+        return self.check_ids(x)
+
+    def check_ids(self, ids: Any) -> Int64:
+        """Token ids as int64 `(n,)`.
+
+        Raises:
+            UsageError: empty, not integers, or outside the vocabulary.
+        """
+        return checked_ids(ids, self.spec.vocab_size)
+
+    def _check_positions(self, positions: Sequence[int] | Int64 | None, count: int) -> None:
+        if positions is None:
+            return
+        expected = np.arange(self._position, self._position + count)
+        if not np.array_equal(np.asarray(positions), expected):
+            raise UsageError(
+                "this bundle takes sequential positions only",
+                expected=f"{self._position} to {self._position + count - 1}",
+                fix="leave positions out",
+            )
+
+    def _check_room(self, count: int) -> None:
+        if self.context is not None and self._position + count > self.context:
+            raise ContextFull(self._position, count, self.context)
+
+    def _advance(self, tokens: Sequence[int]) -> None:
+        self._position += len(tokens)
+        self._version += 1
+        if self._tokens is not None:
+            if self._position > REMEMBERED_TOKENS:
+                self._tokens = None
+            else:
+                self._tokens.extend(tokens)
+
+    def _set(self, position: int, tokens: array[int] | None, logits: Float32 | None) -> None:
+        self._position, self._tokens, self._logits = position, tokens, logits
+        self._version += 1
+
+    # -- end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Gives the engine's memory back. Closing twice is fine."""
+        engine, self._engine = self._engine, None
+        self._logits = None
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def checked_ids(ids: Any, vocab_size: int) -> Int64:
+    """Token ids as int64 `(n,)`.
+
+    Raises:
+        UsageError: empty, not integers, or outside the vocabulary.
+    """
+    if isinstance(ids, np.ndarray):
+        if ids.dtype.kind not in "iu" or ids.ndim != 1:
+            raise UsageError(
+                "token ids must be integers in one dimension",
+                found=f"{ids.dtype} {ids.shape}",
+            )
+        values = ids
+    else:
+        try:
+            values = np.array([_index(i) for i in ids], dtype=np.int64)
+        except (TypeError, OverflowError) as error:
+            raise UsageError("token ids must be integers", found=str(error)) from error
+    if not values.size:
+        raise UsageError("no tokens given", expected="at least one token")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        raise UsageError(
+            "a token id is outside the vocabulary",
+            expected=f"0 to {vocab_size - 1}",
+            found=str(low if low < 0 else high),
+        )
+    return np.ascontiguousarray(values, np.int64)
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a bool")
+    return operator.index(value)

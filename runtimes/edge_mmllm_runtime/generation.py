@@ -1,0 +1,154 @@
+"""The generation loop, over any session.
+
+After a generation the state holds the prompt and every token but the last one picked, which the
+model has not read yet; `Session.tokens` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edge_mmllm.errors import ContextFull, UsageError
+from edge_mmllm_runtime.engine import Float32
+from edge_mmllm_runtime.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.context import Progress
+    from edge_mmllm_runtime.session import Session
+
+#: Text; chat messages (`{"role": ..., "content": ...}`); token ids; or None, to go on from
+#: the session's state.
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | None
+
+#: Why a generation ended: an end-of-sequence token, a stop string, `max_new_tokens` reached, or
+#: no room left in the context.
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+def encode_prompt(session: Session, prompt: Prompt) -> list[int] | None:
+    """Token ids of a prompt; None for None.
+
+    Raises:
+        UsageError: no tokens, ids outside the vocabulary, or a bundle without a tokenizer.
+    """
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        ids = session.text.encode(prompt)
+    elif isinstance(prompt, Mapping):
+        raise UsageError("messages come in a list", expected="[{'role': ..., 'content': ...}]")
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        ids = session.text.encode_chat(prompt)
+    else:
+        ids = prompt
+    checked: list[int] = session.check_ids(ids).tolist()
+    return checked
+
+
+def tokens(
+    session: Session,
+    prompt: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop_ids: frozenset[int],
+    reuse: bool,
+    progress: Progress | None,
+) -> Iterator[int]:
+    """Checks everything, then returns an iterator over the new ids. See `generate_tokens`."""
+    ids = encode_prompt(session, prompt)
+    if max_new_tokens < 0:
+        raise UsageError("max_new_tokens must be 0 or more", found=str(max_new_tokens))
+    if ids is None and session.logits is None:
+        raise UsageError(
+            "there is nothing to go on from",
+            fix="give a prompt, or decode() a token first (after a generation: its last)",
+        )
+    if ids is not None and session.context is not None and len(ids) > session.context:
+        raise ContextFull(0, len(ids), session.context)
+    return _loop(session, ids, max_new_tokens, sampling, stop_ids, reuse, progress)
+
+
+def _loop(
+    session: Session,
+    ids: list[int] | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    reuse: bool,
+    progress: Progress | None,
+) -> Iterator[int]:
+    session.finish_reason = None
+    logits = session.logits if ids is None else _read(session, ids, reuse, progress)
+    if logits is None:
+        raise _moved_on()
+    seen = (session.tokens or ()) if ids is None else ids
+    sampler = Sampler(sampling, session.spec.vocab_size, seen)
+    version, token = session.version, None
+    for _ in range(max_new_tokens):
+        if token is not None:
+            if session.context is not None and session.position >= session.context:
+                session.finish_reason = "context"
+                return
+            logits = session.step(token)
+            version = session.version
+        token = sampler.pick(logits)
+        if token in stop_ids:
+            session.finish_reason = "eos"
+            return
+        session.drop_logits()  # the state lacks this token: they are not what comes next
+        yield token
+        if session.version != version:
+            raise _moved_on()
+    session.finish_reason = "length"
+
+
+def _moved_on() -> UsageError:
+    return UsageError(
+        "the session was used for something else during this generation",
+        fix="finish or drop one generation before the next call, or take a snapshot first",
+    )
+
+
+def _read(session: Session, ids: list[int], reuse: bool, progress: Progress | None) -> Float32:
+    """Makes the state that of `ids` and returns the logits of the last one."""
+    if reuse and session.tokens is not None:
+        known = common_prefix(session.tokens, ids)
+        if known == len(ids) == session.position and session.logits is not None:
+            return session.logits
+        if known and session.rewind(min(known, len(ids) - 1)):
+            return session.prefill(ids[session.position :], progress=progress)
+    session.reset()
+    return session.prefill(ids, progress=progress)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two sequences share."""
+    shared = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:shared]) != np.asarray(b[:shared]))
+    return int(differ[0]) if differ.size else shared
+
+
+def pieces(session: Session, ids: Iterator[int], stop: Sequence[str]) -> Iterator[str]:
+    """Turns ids into text that can be shown at once: whole characters, no part of a stop string."""
+    from edge_mmllm.text import StopMatcher
+
+    stream = session.text.stream()
+    matcher = StopMatcher(stop)
+    for token in ids:
+        piece, stopped = matcher.feed(stream.feed(token))
+        if piece:
+            yield piece
+        if stopped:
+            session.finish_reason = "stop"
+            return
+    piece, stopped = matcher.feed(stream.finish())
+    if stopped:
+        session.finish_reason = "stop"
+    else:
+        piece += matcher.finish()
+    if piece:
+        yield piece
