@@ -84,7 +84,6 @@ class Mamba2:
                 expected=f"num_heads * head_dim = expand * hidden_size = {2 * hidden}",
                 found=f"{heads} * {head_dim}",
             )
-        limit = f.get("time_step_limit", [0.0, float("inf")])
         f.one_of("hidden_act", ("silu", "swish"), "silu")
         if not f.flag("rms_norm", True):
             raise UnsupportedArchitecture("mamba2 without its gated norm", where=where)
@@ -109,7 +108,7 @@ class Mamba2:
                 tied=f.flag("tie_word_embeddings", False),
                 conv_bias=f.flag("use_conv_bias", True),
                 bias=f.flag("use_bias", False),
-                time_step_limit=(float(limit[0]), float(limit[1])),
+                time_step_limit=_time_step_limit(f),
             )
         )
 
@@ -215,6 +214,26 @@ class Mamba2:
         y = op.glu(z, y, "silu")
         y = op.norm(y, w[f"{p}.norm_gated"], eps=c.norm_eps, groups=c.groups)
         return op.linear(y, w[f"{p}.out"], bias=(w[f"{p}.out_bias"],) if c.bias else ())[0]
+
+
+def _time_step_limit(f: Fields) -> tuple[float, float]:
+    """`[low, high]`; infinity is a bare `Infinity`, or `{"__float__": "Infinity"}` since
+    transformers 5 writes strict JSON. Raises: CheckpointError."""
+    values = f.get("time_step_limit", [0.0, float("inf")])
+    if isinstance(values, list) and len(values) == 2:
+        plain = [v.get("__float__") if isinstance(v, dict) else v for v in values]
+        try:
+            low, high = (float(v) for v in plain)
+        except (TypeError, ValueError):
+            low = high = float("nan")
+        if low <= high:
+            return low, high
+    raise CheckpointError(
+        "the config's 'time_step_limit' cannot be used",
+        where=f.where,
+        expected="two numbers, the smaller first",
+        found=str(values)[:80],
+    )
 
 
 def _minus_exp(a_log: NDArray[np.float32]) -> NDArray[np.float32]:
