@@ -14,12 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops.base import Activation, Attention
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
 from edge_mmllm_export.quantize.schemes import Scheme
 from edge_mmllm_export.weights import Weight
+
+#: Head sizes that GroupQueryAttention takes, without and with rope inside it.
+#: Source: `group_query_attention_helper.h` of onnxruntime 1.32.
+_HEAD_SIZE_STEP, _ROPE_HEAD_SIZE_STEP = 8, 16
 
 
 @dataclass(frozen=True)
@@ -371,8 +376,7 @@ class OnnxOps:
         return self._seq
 
     def _rope_tables(self, spec: Attention) -> list[str]:
-        if spec.rope is None:
-            return ["", ""]
+        assert spec.rope is not None  # noqa: S101 - for the type checker
         key = id(spec.rope.inv_freq)
         if key not in self._tables:
             names = f"rope.{len(self._tables)}.cos", f"rope.{len(self._tables)}.sin"
@@ -391,21 +395,44 @@ class OnnxOps:
         v_state: StateSpec,
         spec: Attention,
     ) -> Value:
-        """GroupQueryAttention: rope, head norms, cache append and softmax in one kernel.
+        """GroupQueryAttention: rope, cache append and softmax in one kernel.
 
-        Past and present share one buffer when the caller binds the same memory to both.
+        Past and present share one buffer when the caller binds the same memory to both. Head
+        norms come before it (its own norm inputs have no CPU kernel in onnxruntime 1.32), and so
+        does the rope of a head size that its rope does not take.
         """
-        g = self.graph
-        whole = q.packed is not None and q.packed is k.packed and k.packed is v.packed
-        if whole and q.packed is not None and q.packed.parts is None and len(q.packed.widths) == 3:
-            qkv = [q.packed.name, "", ""]
+        g, d = self.graph, spec.head_dim
+        if d % _HEAD_SIZE_STEP:
+            raise UnsupportedArchitecture(
+                f"onnxruntime's attention kernel does not take heads of size {d}",
+                expected=f"a multiple of {_HEAD_SIZE_STEP}",
+                found=str(d),
+            )
+        normed = spec.q_norm is not None and spec.k_norm is not None
+        fused_rope = spec.rope is not None and d % _ROPE_HEAD_SIZE_STEP == 0
+        packed = q.packed
+        if (
+            packed is not None
+            and packed is k.packed
+            and packed is v.packed
+            and packed.parts is None
+            and len(packed.widths) == 3
+            and not normed
+            and (fused_rope or spec.rope is None)
+        ):
+            qkv = [packed.name, "", ""]
         else:
             qkv = [self._use(q), self._use(k), self._use(v)]
-        inputs = [*qkv, f"state.{k_state.name}", f"state.{v_state.name}", *self._sequence()]
-        inputs += self._rope_tables(spec)
         if spec.q_norm is not None and spec.k_norm is not None:
-            # position_ids, attention_bias, head_sink, k_scale, v_scale: absent
-            inputs += [""] * 5 + [self._vector(spec.q_norm), self._vector(spec.k_norm)]
+            for i, weight in enumerate((spec.q_norm, spec.k_norm)):
+                qkv[i] = self._head_norm(qkv[i], (q, k)[i].width, weight, spec.norm_eps)
+        if spec.rope is not None and not fused_rope:
+            for i, heads in enumerate((spec.heads, spec.kv_heads)):
+                rotated = [qkv[i], "position", *self._rope_tables(spec)]
+                qkv[i] = g.microsoft("RotaryEmbedding", rotated, num_heads=heads)[0]
+        inputs = [*qkv, f"state.{k_state.name}", f"state.{v_state.name}", *self._sequence()]
+        if fused_rope:
+            inputs += self._rope_tables(spec)
         name = g.fresh("attention")
         g.microsoft(
             "GroupQueryAttention",
@@ -414,12 +441,19 @@ class OnnxOps:
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
             scale=float(spec.scale),
-            do_rotary=int(spec.rope is not None),
+            do_rotary=int(fused_rope),
             local_window_size=spec.window if spec.window is not None else -1,
             softcap=float(spec.softcap) if spec.softcap is not None else None,
-            qk_norm_epsilon=float(spec.norm_eps) if spec.q_norm is not None else None,
         )
         return Value(name, spec.heads * spec.head_dim)
+
+    def _head_norm(self, name: str, width: int, weight: Weight, eps: float) -> str:
+        """RMS norm of each head of a value `(1, seq, width)`."""
+        g, d = self.graph, weight.shape[0]
+        heads = g.node("Reshape", [name, g.ints(0, 0, width // d, d)])[0]
+        inputs = [heads, self._vector(weight)]
+        normed = g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
+        return g.node("Reshape", [normed, g.ints(0, 0, width)])[0]
 
     def causal_conv(
         self, x: Value, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
