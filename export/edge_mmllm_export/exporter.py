@@ -1,0 +1,393 @@
+"""`export`: from a published checkpoint to a judged bundle, in bounded memory.
+
+read -> map -> validate -> quantize -> write -> verify, one tile of one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edge_mmllm.bundle import (
+    GOLDEN_FILE,
+    TOKENIZER_FILE,
+    Bundle,
+    BundleWriter,
+    ExportRecord,
+    Gate,
+    Manifest,
+    Quantization,
+    QuantGroup,
+    check_free_space,
+    source_hash,
+)
+from edge_mmllm.bundle import Source as SourceRecord
+from edge_mmllm.bundle import SourceFile
+from edge_mmllm.errors import MemoryLimitExceeded, QualityGateFailed, UsageError
+from edge_mmllm.profiling.machine import default_threads
+from edge_mmllm.profiling.memory import peak_rss_bytes
+from edge_mmllm.spec import ModelSpec, TextSpec
+from edge_mmllm_export import verify
+from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
+from edge_mmllm_export.checkpoints.text import load_tokenizer
+from edge_mmllm_export.models import build
+from edge_mmllm_export.onnx import Inputs, write_stages
+from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
+from edge_mmllm_export.weights import TILE_BYTES, Weight, bind
+
+Progress = Callable[[str, int, int], None]
+
+#: RSS of the process before the first tile: Python, numpy, onnx, tokenizers and their libraries.
+_BASE_RAM = 110 << 20
+#: Temporaries of one worker, in tiles: the stored rows, float32 rows, codes, packed codes.
+_TILES_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `edge-mmllm export` was asked to do.
+
+    Attributes:
+        plan: quantization.
+        inputs: `ids` or `embeds` (see `onnx.write_stages`).
+        context: longest context to support; None = the model's own, at most 32768.
+        tokenizer: a `tokenizer.json`, `bytes`, `none`, or None for the checkpoint's own.
+        gate: judge the artefact before it becomes a bundle.
+        accept_quality_loss: keep a bundle that failed the gate, marked as such.
+        max_ram: bytes the export may use; refused up front where it would not do.
+        workers: threads; None = what affinity and quota allow.
+    """
+
+    plan: QuantPlan = QuantPlan()
+    inputs: Inputs = "ids"
+    context: int | None = None
+    tokenizer: str | None = None
+    gate: bool = True
+    gate_text: str | None = None
+    accept_quality_loss: bool = False
+    max_ram: int | None = None
+    workers: int | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would do (`--dry-run`). Bytes are of the bundle's weights."""
+
+    architecture: str
+    parameters: int
+    tensors: int
+    groups: tuple[QuantGroup, ...]
+    disk_bytes: int
+    peak_ram_bytes: int
+    context_length: int | None
+    state_bytes_per_token: int
+    state_bytes_constant: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(g.size_bytes for g in self.groups) / self.parameters
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An opened checkpoint with its definition and weights."""
+
+    checkpoint: Checkpoint
+    model: Architecture
+    weights: dict[str, Weight]
+    text: TextAssets
+    plan: ExportPlan
+    workers: int
+
+
+def plan_export(source: str | os.PathLike[str], options: ExportOptions) -> ExportPlan:
+    """What the export would read, write and need; nothing is written.
+
+    Raises: as `export`.
+    """
+    return _prepare(source, options).plan
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint to an ONNX bundle at `out`.
+
+    Args:
+        source: a folder in hub layout, one `.safetensors`, `.pth` or `.gguf`, or a hub id.
+        progress: called with (phase, done, total): `quantize` in weights, then `judge`.
+
+    Raises:
+        CheckpointError, ExportError, UsageError: see `edge_mmllm.errors`. Nothing is left behind.
+    """
+    options = options or ExportOptions()
+    report = progress or (lambda *_: None)
+    started = time.perf_counter()
+    job = _prepare(source, options)
+    done = 0
+    total = sum(w.size for w in job.weights.values())
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done = min(total, done + count)
+            report("quantize", done, total)
+
+    with BundleWriter(out, force=options.force) as writer:
+        check_free_space(writer.root, job.plan.disk_bytes)
+        hashes = _Hashes(job.checkpoint.files)
+        stages = write_stages(
+            job.model,
+            job.weights,
+            writer.root,
+            inputs=options.inputs,
+            workers=job.workers,
+            progress=advance,
+        )
+        if job.text.tokenizer_json is not None:
+            writer.path(TOKENIZER_FILE).write_bytes(job.text.tokenizer_json)
+        manifest = Manifest(
+            engine="onnx",
+            engine_format={"opset": 21, "data": "weights.bin"},
+            source=_source(job.checkpoint, hashes.result()),
+            model=_spec(job, stages),
+            quantization=Quantization(options.plan.name, job.plan.groups, job.plan.bits_per_weight),
+            gate=Gate("not judged"),
+            export=ExportRecord(
+                tool_versions=_versions(),
+                wall_s=round(time.perf_counter() - started, 3),
+                peak_rss_bytes=peak_rss_bytes(),
+                created_utc=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                command=options.command,
+            ),
+        )
+        if options.gate:
+            report("judge", 0, 1)
+            manifest = _judged(writer, manifest, job, options)
+            report("judge", 1, 1)
+        return writer.commit(manifest)
+
+
+def _judged(
+    writer: BundleWriter, manifest: Manifest, job: _Job, options: ExportOptions
+) -> Manifest:
+    scheme = verify.plan_scheme(options.plan)
+    limits = verify.thresholds(scheme)
+    figures = verify.judge(
+        verify.Request(
+            bundle=str(writer.draft(manifest)),
+            source=str(job.checkpoint.source),
+            scheme=scheme,
+            context=options.context,
+            text=options.gate_text,
+            threads=job.workers,
+        )
+    )
+    broken = verify.breaches(figures, limits)
+    if broken and not options.accept_quality_loss:
+        raise QualityGateFailed(
+            "the exported model disagrees with the checkpoint",
+            expected=f"the thresholds of {scheme}",
+            found="; ".join(broken),
+            fix="more bits, a smaller --block-size, --override for what suffers, or "
+            "--accept-quality-loss",
+        )
+    gate = Gate("failed-accepted" if broken else "passed", {**figures, "breaches": broken})
+    return replace(manifest, gate=gate, golden=GOLDEN_FILE)
+
+
+def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
+    checkpoint = open_checkpoint(source)
+    model = build(checkpoint, options.context)
+    if options.context is not None and (
+        options.context < 1 or options.context > (model.context_length or options.context)
+    ):
+        raise UsageError(
+            "--context does not fit the model",
+            expected=f"1 to {model.context_length}",
+            found=str(options.context),
+        )
+    weights = bind(
+        checkpoint,
+        model.parameters(),
+        model.sources(checkpoint.layout),
+        ignored=model.ignored(),
+        schemes=options.plan.of,
+    )
+    _check_overrides(options.plan, weights)
+    text = _text(checkpoint, options.tokenizer)
+    workers = options.workers or default_threads()
+    groups = _groups(weights)
+    states = model.states()
+    ram = _BASE_RAM + workers * _TILES_PER_WORKER * TILE_BYTES
+    ram += len(text.tokenizer_json or b"") * 3
+    plan = ExportPlan(
+        architecture=model.name,
+        parameters=sum(w.size for w in weights.values()),
+        tensors=len(weights),
+        groups=groups,
+        disk_bytes=sum(g.size_bytes for g in groups) + (4 << 20),
+        peak_ram_bytes=ram,
+        context_length=model.context_length,
+        state_bytes_per_token=sum(s.size_bytes(1) for s in states if s.grows),
+        state_bytes_constant=sum(s.size_bytes(0) for s in states if not s.grows),
+    )
+    if options.max_ram is not None and plan.peak_ram_bytes > options.max_ram:
+        raise MemoryLimitExceeded(
+            "the export would not fit the memory allowed",
+            expected=f"at most {options.max_ram / 2**20:.0f} MiB (--max-ram)",
+            found=f"about {plan.peak_ram_bytes / 2**20:.0f} MiB with {workers} workers",
+            fix="raise --max-ram" + (", or --workers 1" if workers > 1 else ""),
+        )
+    return _Job(checkpoint, model, weights, text, plan, workers)
+
+
+def _text(checkpoint: Checkpoint, option: str | None) -> TextAssets:
+    """The checkpoint's own text settings, or what `--tokenizer` puts in their place."""
+    if option is None:
+        return checkpoint.text()
+    if option in ("bytes", "none"):
+        return TextAssets(TextSpec(tokenizer="bytes" if option == "bytes" else "none"))
+    path = Path(option)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            "--tokenizer cannot be read",
+            where=str(path),
+            expected="a tokenizer.json (or its folder) | bytes | none",
+            found=error.strerror,
+        ) from error
+    load_tokenizer(content, str(path))
+    spec = checkpoint.text().spec
+    return TextAssets(replace(spec, tokenizer="tokenizers"), content)
+
+
+def _check_overrides(plan: QuantPlan, weights: dict[str, Weight]) -> None:
+    import fnmatch
+
+    for pattern, _ in plan.overrides:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n, w in weights.items() if _quantizable(w)):
+            raise UsageError(
+                f"the override {pattern!r} matches no tensor that could be quantized",
+                expected="a pattern over names as `edge-mmllm inspect` lists them",
+            )
+
+
+def _quantizable(w: Weight) -> bool:
+    return w.role != "vector"
+
+
+def _groups(weights: dict[str, Weight]) -> tuple[QuantGroup, ...]:
+    """Bytes by role and scheme, scales and zero points included."""
+    found: dict[tuple[str, Scheme], list[Weight]] = {}
+    for w in weights.values():
+        found.setdefault((w.role, w.scheme), []).append(w)
+    return tuple(
+        QuantGroup(
+            group=role,
+            scheme=scheme.name,
+            bits=float(scheme.bits),
+            block_size=scheme.block_size if scheme.quantized else None,
+            symmetric=scheme.zero == "none" if scheme.quantized else None,
+            tensors=len(members),
+            size_bytes=sum(_stored_bytes(w) for w in members),
+        )
+        for (role, scheme), members in found.items()
+    )
+
+
+def _stored_bytes(w: Weight) -> int:
+    if not w.scheme.quantized:
+        return w.size * w.scheme.bits // 8
+    padded = w.shape[0] * math.ceil(w.shape[1] / w.scheme.block_size) * w.scheme.block_size
+    return int(padded * w.scheme.bits_per_weight() / 8)
+
+
+def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        architecture=job.model.name,
+        vocab_size=job.model.vocab_size,
+        hidden_size=job.model.hidden_size,
+        layers=job.model.layers,
+        parameters=job.plan.parameters,
+        context_length=job.model.context_length,
+        states=job.model.states(),
+        stages=stages,
+        text=job.text.spec,
+    )
+
+
+def _source(checkpoint: Checkpoint, hashes: tuple[SourceFile, ...]) -> SourceRecord:
+    config = {} if checkpoint.layout == "gguf" else _finite(checkpoint.config)
+    name = checkpoint.source.name
+    return SourceRecord(name, checkpoint.layout, hashes, source_hash(hashes), config)
+
+
+def _finite(value: Any) -> Any:
+    """Strict JSON knows no Infinity (Mamba-2's time_step_limit): it becomes a string."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class _Hashes:
+    """sha256 of the weight files, computed beside the export."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files, self._found = files, list[SourceFile]()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for path in self._files:
+                digest, size = hashlib.sha256(), 0
+                with path.open("rb", buffering=0) as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+                        size += len(chunk)
+                self._found.append(SourceFile(path.name, size, digest.hexdigest()))
+        except OSError as error:
+            self._error = error
+
+    def result(self) -> tuple[SourceFile, ...]:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return tuple(self._found)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("edge-mmllm", "numpy", "onnx", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,205 @@
+"""The quality gate: the exported artefact, run by its real engine, against the float32 oracle.
+
+Runs in a child process of its own, so that its memory is not the export's:
+
+    python -m edge_mmllm_export.verify REQUEST.json
+
+reads the request, writes `golden.npz` into the draft bundle and prints the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.errors import EdgeError, ExportError, UsageError
+from edge_mmllm_export.quantize.schemes import QuantPlan
+
+Int64 = NDArray[np.int64]
+
+#: Tokens judged; one forward of the oracle over them takes about a second per 100M parameters.
+GATE_TOKENS = 256
+#: Positions whose logits go into the golden vectors.
+GOLDEN_ROWS = 8
+_TEXT = Path(__file__).with_name("gate_text.txt")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a scheme must reach. Set from the zoo's models and SmolLM2 at two to three times what
+    a sound export shows (benchmarks/quality.py prints the table), far below what a broken one
+    does: a swapped scale gives a mean KL divergence of several nats.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    top1_agreement_clear: float
+    perplexity_change: float
+
+
+THRESHOLDS = {
+    "f32": Thresholds(1e-5, 1e-4, 1.0, 1e-3),
+    "f16": Thresholds(1e-3, 1e-2, 0.99, 5e-3),
+    "int8": Thresholds(0.02, 0.1, 0.97, 0.03),
+    "int4": Thresholds(0.2, 1.5, 0.85, 0.25),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the child is told: paths as strings, for JSON."""
+
+    bundle: str
+    source: str
+    scheme: str
+    context: int | None
+    text: str | None
+    threads: int
+
+
+def thresholds(scheme: str) -> Thresholds:
+    """The thresholds of an export's scheme. Raises: UsageError."""
+    if scheme not in THRESHOLDS:
+        raise UsageError(f"no thresholds for {scheme!r}", expected=" | ".join(THRESHOLDS))
+    return THRESHOLDS[scheme]
+
+
+def breaches(figures: dict[str, Any], limits: Thresholds) -> list[str]:
+    """Every figure beyond its threshold, in words."""
+    out = []
+    for name, limit in asdict(limits).items():
+        value = figures.get(name)
+        if value is None:
+            continue
+        if not np.isfinite(value) or (value < limit if name.startswith("top1") else value > limit):
+            side = "at least" if name.startswith("top1") else "at most"
+            out.append(f"{name} {value:.4g} ({side} {limit:g})")
+    return out
+
+
+def judge(request: Request) -> dict[str, Any]:
+    """Run the gate in a child. Returns its figures.
+
+    Raises:
+        ExportError: the child failed; its message says why.
+    """
+    command = [sys.executable, "-m", "edge_mmllm_export.verify"]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = child.communicate(json.dumps(asdict(request)))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    if child.returncode != 0:
+        raise ExportError(
+            "the quality gate could not run the exported artefact",
+            found=errors.strip()[-2000:] or f"exit status {child.returncode}",
+            fix="report this; or export with --gate off, at your own risk",
+        )
+    figures: dict[str, Any] = json.loads(output)
+    return figures
+
+
+def gate_tokens(encode: Any, vocab_size: int, limit: int, text: str | None) -> tuple[Int64, str]:
+    """The ids to judge by, and what they are.
+
+    Without a tokenizer ids are drawn at random (seed 0): such a verdict finds broken kernels but
+    says little about language.
+    """
+    if encode is None:
+        ids = np.random.default_rng(0).integers(0, vocab_size, limit, dtype=np.int64)
+        return ids, "random token ids (the bundle has no tokenizer)"
+    source = Path(text) if text else _TEXT
+    try:
+        content = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the gate's text cannot be read", where=str(source)) from error
+    ids = np.asarray(encode(content)[:limit], np.int64)
+    if len(ids) < 2:
+        raise UsageError("the gate's text is too short", where=str(source), found=repr(content))
+    return ids, source.name if text else "built-in multilingual text"
+
+
+def run(request: Request) -> dict[str, Any]:
+    """The child's work: oracle and engine over the same tokens; golden vectors written."""
+    from edge_mmllm.profiling.memory import peak_rss_bytes
+    from edge_mmllm_export.checkpoints import open_checkpoint
+    from edge_mmllm_export.models import build
+    from edge_mmllm_export.oracle import Oracle
+    from edge_mmllm_export.weights import bind
+    from edge_mmllm_runtime import load
+    from edge_mmllm_runtime.divergence import divergence
+
+    checkpoint = open_checkpoint(request.source)
+    model = build(checkpoint, request.context)
+    sources = model.sources(checkpoint.layout)
+    weights = bind(checkpoint, model.parameters(), sources, ignored=model.ignored())
+    limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
+    with load(request.bundle, threads=request.threads, context=None) as session:
+        encode = None if session.spec.text.tokenizer == "none" else session.text.encode
+        ids, text = gate_tokens(encode, model.vocab_size, limit, request.text)
+        candidate = session.prefill(ids, logits="all")
+    reference = Oracle(model, weights).forward(ids)
+    targets = np.append(ids[1:], -1)
+    result = divergence(reference, candidate, targets)
+    _write_golden(Path(request.bundle) / "golden.npz", ids, candidate)
+    figures: dict[str, Any] = result.figures()
+    figures |= {"text": text, "scheme": request.scheme, "peak_rss_bytes": peak_rss_bytes()}
+    return figures
+
+
+def _write_golden(path: Path, ids: Int64, logits: NDArray[np.float32]) -> None:
+    """Inputs with the artefact's own answers, for `edge-mmllm check` on the device.
+
+    Arrays: `ids` int64 `(n,)`; `top1` int32 `(n,)`; `margin` float32 `(n,)`, best minus second
+    best logit; `rows` int64 `(r,)` and `logits` float16 `(r, vocab)`, those rows less their
+    maximum.
+    """
+    best_two = np.partition(logits, -2, axis=-1)[:, -2:]
+    rows = np.unique(np.linspace(0, len(ids) - 1, GOLDEN_ROWS).astype(np.int64))
+    kept = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
+    np.savez_compressed(
+        path,
+        ids=ids,
+        top1=logits.argmax(axis=-1).astype(np.int32),
+        margin=(best_two[:, 1] - best_two[:, 0]).astype(np.float32),
+        rows=rows,
+        logits=np.maximum(kept, -65000.0).astype(np.float16),
+    )
+
+
+def plan_scheme(plan: QuantPlan) -> str:
+    """The coarsest scheme in a plan: its thresholds apply."""
+    names = [plan.name, plan.embedding or plan.name]
+    names += [f"int{s.bits}" if s.quantized else f"f{s.bits}" for _, s in plan.overrides]
+    order = list(THRESHOLDS)
+    return max(names, key=order.index)
+
+
+def main() -> int:
+    """Entry point of the child: request on stdin, figures on stdout."""
+    request = Request(**json.load(sys.stdin))
+    try:
+        figures = run(request)
+    except EdgeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except MemoryError:
+        sys.stderr.write("out of memory\n")
+        return 1
+    json.dump(figures, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
