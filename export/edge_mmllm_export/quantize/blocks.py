@@ -22,7 +22,7 @@ Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
 #: Candidate divisors of the largest weight of a symmetric block, as multiples of 2^(bits-1).
-_SYMMETRIC_SEARCH = (1.0, 1.05, 0.95, 0.9, 1.1, 0.85, 1.15, 0.8)
+_SYMMETRIC_SEARCH = (1.0, 0.95, 0.9, 0.85, 1.07, 1.14)
 #: Candidate shrinkings of an asymmetric block's range.
 _ASYMMETRIC_SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8)
 #: Elements in one piece of work: four or five float32 temporaries of it fit a 1 MB L2 cache.
@@ -115,28 +115,33 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
     # The largest weight by magnitude, with its sign, goes to -half, the one code more.
     peak = np.where(high > -low, high, low)
     inverse_peak = np.divide(-half, peak, out=np.zeros_like(peak), where=peak != 0)
-    best_q = np.zeros_like(w)
     best_gain = np.full(w.shape[1], -1.0, np.float32)
+    best_inverse = np.zeros(w.shape[1], np.float32)
     best_scale = np.zeros(w.shape[1], np.float32)
     q = np.empty_like(w)
-    scratch = np.empty_like(w)
+    product = np.empty_like(w)
     for factor in _SYMMETRIC_SEARCH:
-        np.multiply(w, inverse_peak * np.float32(factor), out=q)
-        np.rint(q, out=q)
-        np.maximum(q, -half, out=q)
-        np.minimum(q, half - 1, out=q)
-        np.multiply(w, q, out=scratch)
-        dot = scratch.sum(axis=0)
-        np.multiply(q, q, out=scratch)
-        norm = scratch.sum(axis=0)
+        inverse = inverse_peak * np.float32(factor)
+        _round_to_codes(w, inverse, half, out=q)
+        dot = np.multiply(w, q, out=product).sum(axis=0)
+        norm = np.multiply(q, q, out=product).sum(axis=0)
         scale = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
         gain = dot * scale
         better = gain > best_gain
-        np.copyto(best_q, q, where=better)
         np.copyto(best_gain, gain, where=better)
+        np.copyto(best_inverse, inverse, where=better)
         np.copyto(best_scale, scale, where=better)
-    best_q += half
-    return best_q.astype(np.uint8), best_scale
+    _round_to_codes(w, best_inverse, half, out=q)
+    q += half
+    return q.astype(np.uint8), best_scale
+
+
+def _round_to_codes(w: Float32, inverse: Float32, half: np.float32, *, out: Float32) -> None:
+    """Signed codes in [-half, half - 1]."""
+    np.multiply(w, inverse, out=out)
+    np.rint(out, out=out)
+    np.maximum(out, -half, out=out)
+    np.minimum(out, half - 1, out=out)
 
 
 def _asymmetric(w: Float32, scheme: Scheme) -> tuple[UInt8, Float32, Float32]:
