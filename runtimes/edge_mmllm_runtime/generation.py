@@ -16,6 +16,7 @@ from edge_mmllm_runtime.engine import Float32
 from edge_mmllm_runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
+    from edge_mmllm.text import StopMatcher
     from edge_mmllm_runtime.context import Progress
     from edge_mmllm_runtime.session import Session
 
@@ -59,6 +60,7 @@ def tokens(
     progress: Progress | None,
 ) -> Iterator[int]:
     """Checks everything, then returns an iterator over the new ids. See `generate_tokens`."""
+    _ = session.engine  # closed: say so now
     ids = encode_prompt(session, prompt)
     if max_new_tokens < 0:
         raise UsageError("max_new_tokens must be 0 or more", found=str(max_new_tokens))
@@ -132,23 +134,18 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return int(differ[0]) if differ.size else shared
 
 
-def pieces(session: Session, ids: Iterator[int], stop: Sequence[str]) -> Iterator[str]:
+def pieces(session: Session, ids: Iterator[int], stop: StopMatcher) -> Iterator[str]:
     """Turns ids into text that can be shown at once: whole characters, no part of a stop string."""
-    from edge_mmllm.text import StopMatcher
-
     stream = session.text.stream()
-    matcher = StopMatcher(stop)
     for token in ids:
-        piece, stopped = matcher.feed(stream.feed(token))
+        piece, stopped = stop.push(stream.push(token))
         if piece:
             yield piece
         if stopped:
             session.finish_reason = "stop"
             return
-    piece, stopped = matcher.feed(stream.finish())
+    piece, stopped = stop.push(stream.flush())
     if stopped:
         session.finish_reason = "stop"
-    else:
-        piece += matcher.finish()
-    if piece:
+    if piece := piece + stop.flush():
         yield piece

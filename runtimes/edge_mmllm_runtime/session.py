@@ -175,9 +175,9 @@ class Session(Context):
         reuse: bool = False,
         progress: Progress | None = None,
     ) -> Iterator[str]:
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(s, str) and s for s in stops):
-            raise UsageError("stop strings must be text that is not empty", found=repr(stops))
+        from edge_mmllm.text import StopMatcher
+
+        matcher = StopMatcher(stop)
         _ = self.text
         ids = self.generate_tokens(prompt, max_new_tokens, sampling, reuse=reuse, progress=progress)
-        return generation.pieces(self, ids, stops)
+        return generation.pieces(self, ids, matcher)

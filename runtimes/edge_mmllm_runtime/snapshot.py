@@ -86,7 +86,14 @@ class Snapshot:
                     logits=data.get("logits"),
                     tokens=tokens,
                 )
-        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
             raise StateMismatch(
                 "not a snapshot file of this release", where=str(path), found=str(error)
             ) from error
