@@ -315,7 +315,7 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
         windows=_windows(f, model_type, layers),
         activation=_ACTIVATIONS[act],
         qkv_bias=True if model_type == "qwen2" else bias,
-        output_bias=bias and not model_type == "qwen2",
+        output_bias=bias and model_type != "qwen2",
         mlp_bias=f.flag("mlp_bias", False) if not qwen else False,
         qk_norm={"qwen3": "head", "olmo2": "full"}.get(model_type, "none"),  # type: ignore[arg-type]
         post_norm=model_type == "olmo2",
@@ -345,6 +345,8 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
     layers = f.size("block_count", limit=MAX_LAYERS)
     hidden, heads = f.size("embedding_length"), f.size("attention.head_count")
     head_dim = f.size("attention.key_length", max(1, hidden // heads))
+    if f.size("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedArchitecture("rope over a part of each head", where=where)
     inv_freq = inverse_frequencies(f.number("rope.freq_base", 10000.0), head_dim)
     if f.get("rope.scaling.type", "none") == "linear":
         inv_freq = inv_freq / np.float32(f.number("rope.scaling.factor"))

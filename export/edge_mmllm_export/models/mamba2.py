@@ -87,7 +87,7 @@ class Mamba2:
         f.one_of("hidden_act", ("silu", "swish"), "silu")
         if not f.flag("rms_norm", True):
             raise UnsupportedArchitecture("mamba2 without its gated norm", where=where)
-        groups = f.size("n_groups", 1)
+        groups = f.size("n_groups", 8)
         if heads % groups:
             raise CheckpointError(
                 "the config's n_groups does not divide num_heads",

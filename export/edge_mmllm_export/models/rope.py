@@ -30,6 +30,8 @@ def scaled_frequencies(theta: float, dim: int, scaling: dict[str, Any], where: s
     inv_freq = inverse_frequencies(theta, dim)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     fields = Fields(scaling, f"{where}, rope_scaling")
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedArchitecture("rope over a part of each head", where=fields.where)
     if kind == "default":
         return inv_freq
     if kind == "linear":
