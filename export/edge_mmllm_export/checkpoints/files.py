@@ -170,12 +170,18 @@ def lookup(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> TensorIn
 
 
 def check_ranges(
-    path: Path, ranges: Sequence[tuple[int, int, str]], end: int, *, holes: bool
+    path: Path,
+    ranges: Sequence[tuple[int, int, str]],
+    end: int,
+    *,
+    holes: bool,
+    thing: str = "tensor",
 ) -> None:
     """Byte ranges `(begin, end, name)` must not overlap, nor pass `end`; see `holes`.
 
     Args:
         holes: whether bytes that belong to no tensor are allowed.
+        thing: what the ranges are, for messages.
 
     Raises: CorruptCheckpoint naming the tensors at fault.
     """
@@ -183,7 +189,7 @@ def check_ranges(
     for begin, stop, name in sorted(ranges):
         if stop > end:
             raise CorruptCheckpoint(
-                f"tensor {name!r} lies beyond the end of {path.name}",
+                f"{thing} {name!r} lies beyond the end of {path.name}",
                 where=str(path),
                 expected=f"at most byte {end} of the data",
                 found=f"bytes {begin} to {stop}",
@@ -191,14 +197,14 @@ def check_ranges(
             )
         if begin < position:
             raise CorruptCheckpoint(
-                f"tensors {before!r} and {name!r} overlap in {path.name}",
+                f"{thing} {before!r} and {name!r} overlap in {path.name}",
                 where=str(path),
                 expected=f"{name!r} at or after byte {position} of the data",
                 found=f"byte {begin}",
             )
         if begin > position and not holes:
             raise CorruptCheckpoint(
-                f"a hole before tensor {name!r} in {path.name}",
+                f"a hole before {thing} {name!r} in {path.name}",
                 where=str(path),
                 expected=f"{name!r} at byte {position} of the data",
                 found=f"byte {begin}",
