@@ -1,0 +1,1 @@
+"""What a run costs, and on what machine: memory, CPU, limits, statistics."""
