@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -105,11 +106,18 @@ class Weight:
                 at = tuple(int(i) for i in np.argwhere(bad)[0])
                 raise NonFiniteWeights(
                     f"{int(bad.sum())} values of a weight are NaN or infinite",
-                    where=f"tensor {self.source.name}, first at {(at[0] + start, *at[1:])}",
+                    where=f"tensor {self.source.name}, "
+                    f"first at {(self._stored_row(start + at[0]), *at[1:])}",
                     expected="finite numbers",
                     found=str(tile[at]),
                     fix="download the checkpoint again, or repair it where it was trained",
                 )
+
+    def _stored_row(self, row: int) -> int:
+        """Our row's number in the checkpoint's tensor."""
+        source = self.source
+        base = source.rows[0] if source.rows else 0
+        return base + (row if source.order is None else int(source.order[row]))
 
     def tile_rows(self) -> int:
         """How many rows make one tile of about `TILE_BYTES`."""
@@ -152,36 +160,41 @@ def bind(
         TensorMismatch: lists every missing, unexpected and misshapen tensor.
     """
     tensors = checkpoint.tensors
-    missing: list[str] = []
-    misshapen: list[str] = []
-    bound: dict[str, Weight] = {}
-    for p in parameters:
-        source = sources[p.name]
-        info = tensors.get(source.name)
-        if info is None:
-            near = difflib.get_close_matches(source.name, tensors, n=1, cutoff=0.9)
-            missing.append(f"{source.name} {p.shape}" + (f" (found: {near[0]})" if near else ""))
-            continue
-        stored = info.shape
-        if source.rows is not None:
-            if source.rows[1] > (stored[0] if stored else 0):
-                misshapen.append(f"{source.name}: needs {source.rows[1]} rows, is {stored}")
-                continue
-            stored = (source.rows[1] - source.rows[0], *stored[1:])
-        if not _same_layout(stored, p.shape):
-            misshapen.append(f"{source.name}: expected {p.shape}, found {info.shape}")
-            continue
-        bound[p.name] = Weight(p.name, p.shape, p.role, checkpoint, source, schemes(p))
     used = {s.name for s in sources.values()}
     unexpected = [
         name
         for name in tensors
         if name not in used and not any(fnmatch.fnmatchcase(name, i) for i in ignored)
     ]
+    missing: dict[str, tuple[int, ...]] = {}
+    misshapen: dict[str, str] = {}
+    bound: dict[str, Weight] = {}
+    rows: dict[str, int] = {}  # of fused tensors: how many the model takes
+    for source in sources.values():
+        if source.rows is not None:
+            rows[source.name] = max(rows.get(source.name, 0), source.rows[1])
+    for p in parameters:
+        source = sources[p.name]
+        info = tensors.get(source.name)
+        if info is None:
+            whole = (rows[source.name], *p.shape[1:]) if source.rows is not None else p.shape
+            missing[source.name] = whole
+            continue
+        stored = info.shape
+        if source.rows is not None:
+            if not stored or stored[0] != rows[source.name]:
+                misshapen[source.name] = f"expected {rows[source.name]} rows, found {stored}"
+                continue
+            stored = (source.rows[1] - source.rows[0], *stored[1:])
+        if not _same_layout(stored, p.shape):
+            misshapen[source.name] = f"expected {p.shape}, found {info.shape}"
+            continue
+        bound[p.name] = Weight(p.name, p.shape, p.role, checkpoint, source, schemes(p))
     if missing or unexpected or misshapen:
-        lines = [f"missing: {n}" for n in missing]
+        few = unexpected if len(missing) * len(unexpected) <= 10_000 else []
+        lines = [f"missing: {n} {shape}{_near(n, few)}" for n, shape in missing.items()]
         lines += [f"unexpected: {n} {tensors[n].shape}" for n in unexpected]
-        lines += [f"wrong shape: {n}" for n in misshapen]
+        lines += [f"wrong shape: {n}: {why}" for n, why in misshapen.items()]
         raise TensorMismatch(
             f"the checkpoint does not fit its config: {len(missing)} tensors missing, "
             f"{len(unexpected)} unexpected, {len(misshapen)} of the wrong shape",
@@ -190,6 +203,14 @@ def bind(
             fix="check config.json against the weights, or export from the original checkpoint",
         )
     return bound
+
+
+def _near(missing: str, unexpected: Sequence[str]) -> str:
+    """A hint at a misspelt name, of the same layer."""
+    numbers = re.findall(r"\d+", missing)
+    same_layer = [n for n in unexpected if re.findall(r"\d+", n) == numbers]
+    near = difflib.get_close_matches(missing, same_layer, n=1, cutoff=0.9)
+    return f" (there is: {near[0]})" if near else ""
 
 
 def _same_layout(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
