@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING
 from edge_mmllm.errors import MissingDependency, UnsupportedBundle, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge_mmllm.bundle import Bundle
+    from edge_mmllm_runtime.engine import Engine, EngineOptions
     from edge_mmllm_runtime.session import Session
 
 __all__ = ["ENGINES", "load"]
 
-#: Engine name -> (module, class, package it needs, extra that installs it).
+#: Engine name -> (module with `open_engine`, package it needs, extra that installs it).
 ENGINES = {
-    "onnx": ("edge_mmllm_runtime.onnx", "OnnxEngine", "onnxruntime", "runtime-onnx"),
+    "onnx": ("edge_mmllm_runtime.onnx", "onnxruntime", "runtime-onnx"),
 }
 
 #: Context of a session over a model whose state grows, unless asked for; bounds the address
@@ -33,6 +37,7 @@ def load(
     engine: str | None = None,
     threads: int | None = None,
     context: int | None = None,
+    prepacked_cache: str | os.PathLike[str] | None = None,
 ) -> Session:
     """Opens a bundle and makes it ready to run.
 
@@ -42,16 +47,21 @@ def load(
         threads: None: what the CPU affinity and the cgroup's quota allow.
         context: tokens to make room for. None: the model's own context length, at most
             `DEFAULT_CONTEXT` where the state grows; no limit where it is constant.
+        prepacked_cache: a folder for weights in this CPU's own layout, so that they need no
+            anonymous memory and processes share them (see `prepacked.py`); made on first use.
+            It takes about twice the bundle's size on disk. None: weights are repacked in memory
+            at each load.
 
     Raises:
         BundleError: the bundle is damaged, unsafe or not for this release.
         MissingDependency: the engine's package is not installed.
+        SessionError: no memory for the states, or the cache cannot be written.
         UsageError: `engine`, `threads` or `context` does not fit the bundle.
     """
+    from edge_mmllm.bundle import TOKENIZER_FILE, open_bundle
     from edge_mmllm.profiling.machine import default_threads
     from edge_mmllm.text import Text
-
-    from edge_mmllm.bundle import TOKENIZER_FILE, open_bundle
+    from edge_mmllm_runtime.engine import EngineOptions
     from edge_mmllm_runtime.session import Session
 
     bundle = open_bundle(path)
@@ -60,20 +70,15 @@ def load(
     context = _context(context, spec.context_length, any(s.grows for s in spec.states))
     if threads is not None and threads < 1:
         raise UsageError("threads must be at least 1", found=str(threads))
-    make_engine = _engine_class(name)
+    options = EngineOptions(threads or default_threads(), context, prepacked_cache)
+    open_engine = _opener(name)
 
     def make_text() -> Text:
         if spec.text.tokenizer != "tokenizers":
             return Text(spec.text, None)
         return Text(spec.text, bundle.file(TOKENIZER_FILE).read_bytes())
 
-    return Session(
-        make_engine(spec, bundle.file, threads=threads or default_threads(), context=context),
-        spec,
-        bundle.sha256,
-        make_text,
-        context=context,
-    )
+    return Session(open_engine(bundle, options), spec, bundle.sha256, make_text, context=context)
 
 
 def _engine_name(asked: str | None, named: str) -> str:
@@ -101,8 +106,10 @@ def _context(asked: int | None, longest: int | None, grows: bool) -> int | None:
     return asked
 
 
-def _engine_class(name: str) -> type:
-    module, attribute, package, extra = ENGINES[name]
+def _opener(name: str) -> Callable[[Bundle, EngineOptions], Engine]:
+    """The engine's `open_engine`, imported only now."""
+    module, package, extra = ENGINES[name]
     if importlib.util.find_spec(package) is None:
         raise MissingDependency(package, extra)
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    opener: Callable[[Bundle, EngineOptions], Engine] = importlib.import_module(module).open_engine
+    return opener

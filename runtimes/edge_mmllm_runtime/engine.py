@@ -3,10 +3,15 @@
 The session owns the position and checks every argument; the engine owns the weights and the
 states. An engine may therefore trust what it is given: ids inside the vocabulary, a position
 that fits its capacity. It is used by one thread at a time.
+
+An adapter's module has `open_engine(bundle: Bundle, options: EngineOptions) -> Engine`, and a line
+in `edge_mmllm_runtime.ENGINES`.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +20,21 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `load` tells an engine. An engine ignores what does not concern it.
+
+    Attributes:
+        threads: to compute with.
+        context: tokens to make room for; None where no state grows and there is no limit.
+        prepacked_cache: folder for weights in the CPU's own layout; None for none.
+    """
+
+    threads: int
+    context: int | None = None
+    prepacked_cache: str | os.PathLike[str] | None = None
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ model has not read yet; `Session.tokens` says so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -42,9 +42,9 @@ def encode_prompt(session: Session, prompt: Prompt) -> list[int] | None:
     elif isinstance(prompt, Mapping):
         raise UsageError("messages come in a list", expected="[{'role': ..., 'content': ...}]")
     elif len(prompt) and isinstance(prompt[0], Mapping):
-        ids = session.text.encode_chat(prompt)
+        ids = session.text.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
     else:
-        ids = prompt
+        ids = cast("list[int]", prompt)
     checked: list[int] = session.check_ids(ids).tolist()
     return checked
 

@@ -20,9 +20,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
 from edge_mmllm.spec import CAPACITY, ModelSpec, Stage
-from edge_mmllm_runtime.engine import Arrays, Float32, Int64
+from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.prepacked import cached_graph
 from edge_mmllm_runtime.state import StateBuffers, allocate
 
 _ORT_TYPES = {
@@ -41,6 +43,22 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4  # errors are raised, not printed
     return options
+
+
+def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
+    """The engine of a bundle. See `OnnxEngine` for what it raises."""
+    places: dict[str, Path] = {}
+    stage = bundle.spec.stages.get("decoder")
+    if options.prepacked_cache is not None and stage is not None:
+        places[stage.file] = cached_graph(
+            bundle.file(stage.file), bundle.sha256, options.prepacked_cache
+        )
+    return OnnxEngine(
+        bundle.spec,
+        lambda path: places.get(path) or bundle.file(path),
+        threads=options.threads,
+        context=options.context,
+    )
 
 
 class OnnxEngine:

@@ -15,6 +15,9 @@ from edge_mmllm_runtime.engine import Arrays, Float32
 
 _FORMAT = 1
 
+#: What numpy and zipfile raise for files that are something else.
+_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile)
+
 
 @dataclass(frozen=True)
 class Snapshot:

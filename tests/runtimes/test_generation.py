@@ -165,7 +165,7 @@ def test_reuse_reads_only_what_is_new(toy):
         assert count == 4  # the last token of the answer, and three new ones
         assert found == greedy(toy, longer, 5)
         # A prompt that parts from the state: cut where that is possible, else read all again.
-        other = IDS + [9, 9]
+        other = [*IDS, 9, 9]
         count, found = reads(session, lambda: list(session.generate_tokens(other, 5, reuse=True)))
         assert count == (2 if toy.spec.states[0].grows else len(other))
         assert found == greedy(toy, other, 5)

@@ -52,7 +52,7 @@ def test_frequencies_over_many_blocks():
 @pytest.mark.parametrize("k", [1, 2, 40, 3000, 5000])
 def test_top_k_keeps_the_k_likeliest(k):
     allowed = set(np.argsort(-LOGITS)[:k].tolist())
-    found = set(draws(LOGITS, 3000, temperature=3.0, top_k=k).tolist())
+    found = set(draws(LOGITS, 1000, temperature=3.0, top_k=k).tolist())
     assert found <= allowed
     assert len(found) > min(k, 40) // 2
 
@@ -62,7 +62,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(p):
     probabilities = softmax(LOGITS / 3.0)
     order = np.argsort(-probabilities, kind="stable")
     keep = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
-    found = set(draws(LOGITS, 5000, temperature=3.0, top_p=p).tolist())
+    found = set(draws(LOGITS, 600, temperature=3.0, top_p=p).tolist())
     assert found <= set(order[: keep + 1].tolist())  # one more: rounding at the edge
     assert len(found) >= min(keep, 100) // 2
 

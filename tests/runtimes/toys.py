@@ -11,6 +11,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_mmllm.bundle import (
+    BundleWriter,
+    ExportRecord,
+    Gate,
+    Manifest,
+    Quantization,
+    Source,
+    source_hash,
+)
 from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec, TextSpec
 from edge_mmllm_runtime.onnx import OnnxEngine
 from edge_mmllm_runtime.session import Session
@@ -255,3 +264,64 @@ def attention(folder: Path, *, context: int = 256, seed: int = 0) -> Toy:
         return (x @ weights["head"]).astype(np.float32)
 
     return Toy(spec, folder, reference)
+
+
+def quantized(folder: Path, *, seed: int = 0) -> Toy:
+    """One 8-bit MatMulNBits over embeddings, its weights outside the graph: it gets prepacked."""
+    rng = np.random.default_rng(seed)
+    hidden, block = 64, 32
+    table = rng.standard_normal((VOCAB, hidden)).astype(np.float32)
+    q = rng.integers(0, 256, (VOCAB, hidden // block, block), dtype=np.uint8)
+    scales = rng.random((VOCAB, hidden // block)).astype(np.float32) / 100
+    multiply = helper.make_node(
+        "MatMulNBits",
+        ["picked", "q", "scales"],
+        ["logits"],
+        domain="com.microsoft",
+        K=hidden,
+        N=VOCAB,
+        bits=8,
+        block_size=block,
+        accuracy_level=4,
+    )
+    _write(
+        folder / "decoder.onnx",
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["x"], axis=0),
+            helper.make_node("Gather", ["x", "logit_rows"], ["picked"], axis=0),
+            multiply,
+        ],
+        [
+            _info("input_ids", TensorProto.INT64, ["seq"]),
+            _info("logit_rows", TensorProto.INT64, ["rows"]),
+        ],
+        [_info("logits", TensorProto.FLOAT, ["rows", VOCAB])],
+        {"table": table, "q": q, "scales": scales},
+    )
+    graph = onnx.load(folder / "decoder.onnx")
+    onnx.save(graph, folder / "decoder.onnx", save_as_external_data=True, location="weights.bin")
+    stage = Stage("decoder.onnx", ("input_ids", "logit_rows"), ("logits",))
+    spec = ModelSpec(
+        "toy_quantized", VOCAB, hidden, 1, q.size, None, (), {"decoder": stage}, TextSpec("bytes")
+    )
+    dense = ((q.astype(np.float32) - 128) * scales[..., None]).reshape(VOCAB, hidden)
+    return Toy(spec, folder, lambda ids: table[ids] @ dense.T)
+
+
+def write_bundle(toy: Toy, out: Path) -> Path:
+    """A bundle of a toy's files, not judged."""
+    manifest = Manifest(
+        engine="onnx",
+        engine_format={"opset": 21},
+        source=Source("toy", "hub", (), source_hash(())),
+        model=toy.spec,
+        quantization=Quantization("f32", (), 32.0),
+        gate=Gate("not judged"),
+        export=ExportRecord({}, 0.0, None, "2026-01-31T12:00:00Z", "export SRC"),
+    )
+    with BundleWriter(out) as writer:
+        for file in toy.folder.iterdir():
+            if file.is_file():
+                writer.path(file.name).write_bytes(file.read_bytes())
+        writer.commit(manifest)
+    return out
