@@ -28,7 +28,7 @@ class RelaxOps:
 
     Args:
         builder: an open `relax.BlockBuilder` function scope, inside a dataflow block.
-        parameters: the function's weight and state parameters by name.
+        weights, states: the function's parameters, each by its own name (the two may share names).
         capacity: tokens that the kv states hold.
         position: int64 `(1,)`, index of the first new token; None where no op asks for it.
         wanted: int64 `(rows,)`, rows to compute logits for; None = all.
@@ -37,29 +37,30 @@ class RelaxOps:
     def __init__(
         self,
         builder: Any,
-        parameters: Mapping[str, Value],
+        weights: Mapping[str, Value],
+        states: Mapping[str, Value],
         *,
         capacity: int,
         position: Value | None = None,
         wanted: Value | None = None,
     ) -> None:
-        self._builder, self._parameters, self._capacity = builder, parameters, capacity
-        self._position, self._wanted = position, wanted
+        self._builder, self._weights, self._states = builder, weights, states
+        self._capacity, self._position, self._wanted = capacity, position, wanted
 
     # -- plumbing --------------------------------------------------------------------------
 
     def _emit(self, expr: Value) -> Value:
         return self._builder.emit(expr)
 
-    def _of(self, w: Weight | StateSpec) -> Value:
-        return self._parameters[w.name]
+    def _of(self, w: Weight) -> Value:
+        return self._weights[w.name]
 
     def _in_place(
         self, kernel: Any, name: str, inputs: list[Value], states: list[StateSpec], width: int
     ) -> Value:
         """Call a kernel that writes states in place and gives one new value `(seq, width)`."""
         seq = inputs[0].ty.shape[0]
-        buffers = [self._of(s) for s in states]
+        buffers = [self._states[s.name] for s in states]
         first = len(inputs)
         call = relax.op.call_tir_inplace(
             self._builder.add_func(kernel, name),
@@ -72,10 +73,13 @@ class RelaxOps:
     # -- ops -------------------------------------------------------------------------------
 
     def rows(self, table: Weight, index: Value) -> Value:
-        return self._emit(relax.op.take(self._of(table), index, axis=0))
+        """An id outside the table gives NaN (the default mode reads wild memory)."""
+        return self._emit(relax.op.take(self._of(table), index, axis=0, mode="nan"))
 
     def logit_rows(self, x: Value) -> Value:
-        return x if self._wanted is None else self._emit(relax.op.take(x, self._wanted, axis=0))
+        if self._wanted is None:
+            return x
+        return self._emit(relax.op.take(x, self._wanted, axis=0, mode="nan"))
 
     def linear(self, x: Value, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[Value, ...]:
         outputs = []
