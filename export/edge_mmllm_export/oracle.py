@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.ops.numpy import NumpyOps
 from edge_mmllm_export.weights import Weight
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 
 class Oracle:
@@ -37,7 +38,7 @@ class Oracle:
     def forward(self, ids: NDArray[np.int64], rows: NDArray[np.int64] | None = None) -> Array:
         """Token ids `(seq,)` -> logits `(rows, vocab)`; all rows by default."""
         op = NumpyOps(self.states, self.position, rows, self._cache)
-        x = self.model.embed(op, self.weights, ids)  # type: ignore[arg-type]
+        x = self.model.embed(op, self.weights, ids)
         logits = self.model.decode(op, self.weights, x)
         self.position += len(ids)
         return logits

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
-from edge_mmllm_export.quantize.schemes import QuantPlan
+from edge_mmllm_export.quantize.schemes import F32, QuantPlan, Scheme
 
 Int64 = NDArray[np.int64]
 
@@ -58,10 +59,17 @@ class Request:
 
     bundle: str
     source: str
-    scheme: str
+    plan: QuantPlan
     context: int | None
     text: str | None
     threads: int
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Request:
+        """Back from `asdict` and JSON."""
+        plan = dict(fields["plan"])
+        plan["overrides"] = tuple((p, Scheme(**s)) for p, s in plan["overrides"])
+        return cls(**{**fields, "plan": QuantPlan(**plan)})
 
 
 def thresholds(scheme: str) -> Thresholds:
@@ -132,18 +140,23 @@ def gate_tokens(encode: Any, vocab_size: int, limit: int, text: str | None) -> t
 
 def run(request: Request) -> dict[str, Any]:
     """The child's work: oracle and engine over the same tokens; golden vectors written."""
+    from edge_mmllm_runtime import load
+    from edge_mmllm_runtime.divergence import divergence
+
     from edge_mmllm.profiling.memory import peak_rss_bytes
     from edge_mmllm_export.checkpoints import open_checkpoint
     from edge_mmllm_export.models import build
     from edge_mmllm_export.oracle import Oracle
-    from edge_mmllm_export.weights import bind
-    from edge_mmllm_runtime import load
-    from edge_mmllm_runtime.divergence import divergence
+    from edge_mmllm_export.weights import Parameter, Weight, as_stored, bind
 
     checkpoint = open_checkpoint(request.source)
     model = build(checkpoint, request.context)
-    sources = model.sources(checkpoint.layout)
-    weights = bind(checkpoint, model.parameters(), sources, ignored=model.ignored())
+
+    def bind_weights(schemes: Callable[[Parameter], Scheme]) -> dict[str, Weight]:
+        sources, ignored = model.sources(checkpoint.layout), model.ignored()
+        return bind(checkpoint, model.parameters(), sources, ignored=ignored, schemes=schemes)
+
+    weights = bind_weights(lambda _: F32)
     limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
     with load(request.bundle, threads=request.threads, context=None) as session:
         encode = None if session.spec.text.tokenizer == "none" else session.text.encode
@@ -151,11 +164,18 @@ def run(request: Request) -> dict[str, Any]:
         candidate = session.prefill(ids, logits="all")
     reference = Oracle(model, weights).forward(ids)
     targets = np.append(ids[1:], -1)
-    result = divergence(reference, candidate, targets)
+    figures: dict[str, Any] = divergence(reference, candidate, targets).figures()
+    scheme = plan_scheme(request.plan)
+    broken = breaches(figures, thresholds(scheme))
+    if broken:
+        # Whose fault: the numbers stored, or what the engine makes of them?
+        stored = as_stored(bind_weights(request.plan.of))
+        exact = Oracle(model, stored).forward(ids)
+        figures["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
+        figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     _write_golden(Path(request.bundle) / "golden.npz", ids, candidate)
-    figures: dict[str, Any] = result.figures()
-    figures |= {"text": text, "scheme": request.scheme, "peak_rss_bytes": peak_rss_bytes()}
-    return figures
+    figures |= {"text": text, "scheme": scheme, "breaches": broken}
+    return {**figures, "peak_rss_bytes": peak_rss_bytes()}
 
 
 def _write_golden(path: Path, ids: Int64, logits: NDArray[np.float32]) -> None:
@@ -188,7 +208,7 @@ def plan_scheme(plan: QuantPlan) -> str:
 
 def main() -> int:
     """Entry point of the child: request on stdin, figures on stdout."""
-    request = Request(**json.load(sys.stdin))
+    request = Request.from_json(json.load(sys.stdin))
     try:
         figures = run(request)
     except EdgeError as error:

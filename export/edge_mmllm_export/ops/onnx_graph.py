@@ -49,7 +49,7 @@ class TensorFile:
 
     def write(self, offset: int, values: NDArray[Any]) -> None:
         """Write an array at an absolute offset. Thread-safe. Raises: OutOfSpace."""
-        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         try:
             while data:
                 done = os.pwrite(self._fd, data, offset)

@@ -27,6 +27,9 @@ _SYMMETRIC_SEARCH = (1.0, 0.95, 0.9, 0.85, 1.07, 1.14)
 _ASYMMETRIC_SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8)
 #: Elements in one piece of work: four or five float32 temporaries of it fit a 1 MB L2 cache.
 _PIECE = 1 << 15
+#: A block whose weights (or, with a minimum, their range) are smaller counts as zero (as
+#: constant): the inverse of its scale would overflow float32.
+_TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Quantized:
 
 
 def quantize(tile: Float32, scheme: Scheme) -> Quantized:
-    """Quantize rows `(rows, K)`; K is padded with zeros to whole blocks.
+    """Quantize rows `(rows, K)`; K is padded to whole blocks.
 
     Floats (`f16`, `f32`) come back as one block a row, in the `scale` field, rounded to their
     type, so that `dequantize` shows what a device will see.
@@ -57,7 +60,12 @@ def quantize(tile: Float32, scheme: Scheme) -> Quantized:
     size = scheme.block_size
     blocks = -(-k // size)
     if k % size:
-        tile = np.pad(tile, ((0, 0), (0, blocks * size - k)))
+        # What is beyond K is multiplied by nothing; with a minimum, zeros would widen the range.
+        tile = np.pad(
+            tile,
+            ((0, 0), (0, blocks * size - k)),
+            mode="edge" if scheme.zero == "float" else "constant",
+        )
     flat = tile.reshape(rows * blocks, size)
     q = np.empty((rows * blocks, size), np.uint8)
     scale = np.empty(rows * blocks, np.float32)
@@ -90,7 +98,7 @@ def dequantize(blocks: Quantized, scheme: Scheme, k: int) -> Float32:
 
 def pack_nibbles(q: UInt8) -> UInt8:
     """Two 4-bit values a byte along the last axis, the first in the low bits."""
-    packed: UInt8 = q[..., 0::2] | (q[..., 1::2] << 4)
+    packed: UInt8 = q[..., 0::2] | (q[..., 1::2] << np.uint8(4))
     return packed
 
 
@@ -107,14 +115,14 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
     if bits == 8:
         # Symmetric in [-127, 127]: nothing to search at this width.
         largest = np.maximum(high, -low)
-        inverse = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
+        inverse = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > _TINY)
         codes = w * inverse
         np.rint(codes, out=codes)
         codes += half
         return codes.astype(np.uint8), largest / np.float32(127.0)
     # The largest weight by magnitude, with its sign, goes to -half, the one code more.
     peak = np.where(high > -low, high, low)
-    inverse_peak = np.divide(-half, peak, out=np.zeros_like(peak), where=peak != 0)
+    inverse_peak = np.divide(-half, peak, out=np.zeros_like(peak), where=abs(peak) > _TINY)
     best_gain = np.full(w.shape[1], -1.0, np.float32)
     best_inverse = np.zeros(w.shape[1], np.float32)
     best_scale = np.zeros(w.shape[1], np.float32)
@@ -161,12 +169,12 @@ def _asymmetric(w: Float32, scheme: Scheme) -> tuple[UInt8, Float32, Float32]:
     for factor in _ASYMMETRIC_SEARCH:
         bottom = middle - radius * np.float32(factor)
         scale = radius * np.float32(2 * factor / top)
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > _TINY)
         if whole:
             zero = np.clip(np.rint(-bottom * inverse), 0, top)
         else:
             # A block of one value: scale 0 would lose it, so it becomes 0 - (-1) * value.
-            scale = np.where(scale > 0, scale, np.where(low != 0, low, 1)).astype(np.float32)
+            scale = np.where(inverse > 0, scale, np.where(low != 0, low, 1)).astype(np.float32)
             zero = np.where(inverse > 0, -bottom * inverse, np.where(low != 0, -1, 0))
             zero = zero.astype(np.float32)
         q = w * inverse

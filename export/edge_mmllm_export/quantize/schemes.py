@@ -101,7 +101,11 @@ class QuantPlan:
                 return _fit(scheme, p)
         if p.role in ("embedding", "head"):
             name = self.embedding or ("int8" if self.name == "int4" else self.name)
-            return _fit(self._scheme(name), p)
+            scheme = self._scheme(name)
+            if scheme.bits == 8 and self.name == "int4":
+                # At 8 bits a block of 128 costs no quality and 0.75 bits less than one of 32.
+                scheme = replace(scheme, block_size=max(128, self.block_size))
+            return _fit(scheme, p)
         return _fit(self._scheme(self.name), p)
 
 
