@@ -31,6 +31,8 @@ argument and `str(error)` lays them out.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EdgeError(Exception):
     """Base of the tree. `what` is one sentence; the rest are optional details."""
@@ -53,6 +55,18 @@ class EdgeError(Exception):
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message alone, which fails for those with
+        # arguments of their own: an error must survive the way out of a child process.
+        return _restore, (type(self), self.args, self.__dict__.copy())
+
+
+def _restore(kind: type[EdgeError], args: tuple[Any, ...], state: dict[str, Any]) -> EdgeError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class UsageError(EdgeError):
     """The call itself is wrong: an unknown option value, two options that exclude each other."""
@@ -63,9 +77,7 @@ class MissingDependency(EdgeError):
 
     def __init__(self, package: str, extra: str) -> None:
         self.package, self.extra = package, extra
-        super().__init__(
-            f"{package} is not installed", fix=f"pip install 'edge-mmllm[{extra}]'"
-        )
+        super().__init__(f"{package} is not installed", fix=f"pip install 'edge-mmllm[{extra}]'")
 
 
 class CheckpointError(EdgeError):

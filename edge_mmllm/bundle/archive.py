@@ -136,6 +136,8 @@ def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
             raise _unsafe(
                 file, name, f"{info.compress_size} bytes, as stored", f"{info.file_size} declared"
             )
+        if not 0 <= info.header_offset < file.stat().st_size:
+            raise CorruptBundle("a member lies outside the file", where=str(file), found=name)
         if name in members:
             raise CorruptBundle("a member is there twice", where=str(file), found=name)
         members[name] = info

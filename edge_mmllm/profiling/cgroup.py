@@ -37,7 +37,7 @@ class CgroupLimits:
 def cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
     """Reads the limits below `root`."""
     paths = _paths(root)
-    version = 2 if paths.get("") is not None and not set(paths) - {""} else 1 if paths else None
+    version = None if not paths else 2 if set(paths) == {""} else 1
     cpus: list[float] = []
     memory: list[tuple[int, int]] = []
     for folder in _folders(root, paths.get(""), ("", "unified")):
