@@ -12,6 +12,7 @@ memory, in pieces that stay in a core's L2 cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,13 +60,12 @@ def quantize(tile: Float32, scheme: Scheme) -> Quantized:
         return Quantized(np.empty((0, 0, 0), np.uint8), stored, None)
     size = scheme.block_size
     blocks = -(-k // size)
-    if k % size:
-        # What is beyond K is multiplied by nothing; with a minimum, zeros would widen the range.
-        tile = np.pad(
-            tile,
-            ((0, 0), (0, blocks * size - k)),
-            mode="edge" if scheme.zero == "float" else "constant",
-        )
+    if short := k % size:
+        # What is beyond K is multiplied by nothing. With a minimum, zeros would widen the range:
+        # the block repeats itself.
+        mode: Literal["wrap", "constant"] = "wrap" if scheme.zero == "float" else "constant"
+        last = np.pad(tile[:, k - short :], ((0, 0), (0, size - short)), mode=mode)
+        tile = np.concatenate([tile[:, : k - short], last], axis=1)
     flat = tile.reshape(rows * blocks, size)
     q = np.empty((rows * blocks, size), np.uint8)
     scale = np.empty(rows * blocks, np.float32)
