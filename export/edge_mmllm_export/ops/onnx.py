@@ -463,6 +463,7 @@ class OnnxOps:
         if not g.has(kernel):
             values = weight.values[:, None, :]
             g.data.write(g.external(kernel, "float32", values.shape), values)
+            self._progress(weight.size)
         name = g.fresh("conv")
         g.microsoft(
             "CausalConvWithState",
@@ -536,6 +537,7 @@ class OnnxOps:
         if not g.has(name):
             values = np.repeat(weight.values, x.width // heads)
             g.data.write(g.external(name, "float32", values.shape), values)
+            self._progress(weight.size)
         return Value(g.node("Mul", [self._use(x), name])[0], x.width)
 
 
