@@ -146,8 +146,8 @@ class BundleWriter:
                     found=kind_of(status.st_mode),
                 )
             entries.append(FileEntry(relative, status.st_size, self._hash(relative, status)))
-        content = dataclasses.replace(manifest, files=tuple(entries)).to_bytes()
         try:
+            content = dataclasses.replace(manifest, files=tuple(entries)).to_bytes()
             if len(content) > MAX_MANIFEST_BYTES:
                 raise CorruptBundle(
                     "the manifest is too large",
@@ -155,7 +155,7 @@ class BundleWriter:
                     found=f"{len(content)} bytes",
                 )
             Manifest.from_bytes(content)
-        except BundleError as error:
+        except (BundleError, TypeError, ValueError) as error:  # ValueError: NaN, infinity
             raise ExportError(
                 "this bundle could not be read back", where=str(self._out), found=str(error)
             ) from error

@@ -371,6 +371,18 @@ def test_a_bundle_that_could_not_be_read_is_not_written(
     assert _names(tmp_path) == []
 
 
+def test_a_figure_that_is_not_a_number_is_not_written(
+    tmp_path: Path, sample_manifest: Manifest, sample_files: dict[str, bytes]
+) -> None:
+    manifest = dataclasses.replace(sample_manifest, gate=Gate("passed", {"kl_mean": float("nan")}))
+    with pytest.raises(ExportError, match="could not be read back"):  # noqa: PT012, SIM117
+        with BundleWriter(tmp_path / "tiny") as writer:
+            for name, content in sample_files.items():
+                writer.path(name).write_bytes(content)
+            writer.commit(manifest)
+    assert _names(tmp_path) == []
+
+
 def test_a_link_is_not_written(
     tmp_path: Path, sample_manifest: Manifest, sample_files: dict[str, bytes]
 ) -> None:
