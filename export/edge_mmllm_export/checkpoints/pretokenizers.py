@@ -2,8 +2,9 @@
 
 A GGUF stores only the name; the expressions are those of the models' published `tokenizer.json`,
 with case-insensitive groups spelt out as llama.cpp does (Unicode case folding would also match
-U+017F). Each expression of a tuple splits the pieces of the one before it; what no expression
-matches stays a piece.
+U+017F). Where llama.cpp only approximates an expression (combining marks in tekken and gpt-4o),
+the published one stands here. Each expression of a tuple splits the pieces of the one before it;
+what no expression matches stays a piece.
 
 Source: the named models' tokenizer.json; llama.cpp src/llama-vocab.cpp for which name means which.
 """

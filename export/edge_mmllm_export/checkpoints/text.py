@@ -70,9 +70,8 @@ def hub_text(directory: Path, config: dict[str, Any]) -> TextAssets:
     bos_id, bos_token = special("bos")
     eos_id, eos_token = special("eos")
     pad_id, _ = special("pad")
-    eos_ids = _ids(generation.get("eos_token_id"), "eos_token_id", directory)
-    if not eos_ids and eos_id is None:
-        eos_ids = _ids(model.get("eos_token_id"), "eos_token_id", directory)
+    named = generation.get("eos_token_id", model.get("eos_token_id"))
+    eos_ids = _ids(named, "eos_token_id", directory)
     if eos_id is not None:
         eos_ids = (*eos_ids, eos_id)
     spec = TextSpec(
