@@ -70,7 +70,7 @@ class OnnxOps:
         self._progress = progress or (lambda _: None)
         self._pending: list[Future[None]] = []
         self._seq: tuple[str, str] | None = None
-        self._tables: dict[int, tuple[str, str]] = {}
+        self._tables: dict[tuple[int, float], tuple[str, str]] = {}
         self.written: set[str] = set()
 
     # -- weights ---------------------------------------------------------------------------
@@ -376,13 +376,15 @@ class OnnxOps:
         return self._seq
 
     def _rope_tables(self, spec: Attention) -> list[str]:
+        """cos and sin, with the square root of the attention scale multiplied in: q and k both
+        carry it, so the kernel multiplies by 1, for which it has a faster product."""
         assert spec.rope is not None  # noqa: S101 - for the type checker
-        key = id(spec.rope.inv_freq)
+        key = id(spec.rope.inv_freq), spec.scale
         if key not in self._tables:
             names = f"rope.{len(self._tables)}.cos", f"rope.{len(self._tables)}.sin"
             for name, table in zip(names, spec.rope.tables(), strict=True):
                 offset = self.graph.external(name, "float32", table.shape)
-                self.graph.data.write(offset, table)
+                self.graph.data.write(offset, table * np.float32(spec.scale**0.5))
             self._tables[key] = names
         return list(self._tables[key])
 
@@ -440,7 +442,7 @@ class OnnxOps:
             [name, f"next.{k_state.name}", f"next.{v_state.name}"],
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
-            scale=float(spec.scale),
+            scale=float(spec.scale) if spec.rope is None else 1.0,
             do_rotary=int(fused_rope),
             local_window_size=spec.window if spec.window is not None else -1,
             softcap=float(spec.softcap) if spec.softcap is not None else None,
