@@ -14,15 +14,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_mmllm.bundle import Bundle, open_bundle
-    from edge_mmllm.errors import EdgeError
     from edge_mmllm_runtime import load
+    from edge_mmllm_runtime.check import check
     from edge_mmllm_runtime.session import Session
     from edge_mmllm_runtime.snapshot import Snapshot
 
+    from edge_mmllm.bundle import Bundle, open_bundle
+    from edge_mmllm.errors import EdgeError
+    from edge_mmllm.profiling.bench import bench
+
     __version__: str
 
-__all__ = ["Bundle", "EdgeError", "Session", "Snapshot", "__version__", "load", "open_bundle"]
+__all__ = [
+    "Bundle",
+    "EdgeError",
+    "Session",
+    "Snapshot",
+    "__version__",
+    "bench",
+    "check",
+    "load",
+    "open_bundle",
+]
 
 #: Public name -> the module it lives in.
 _HOMES = {
@@ -30,6 +43,8 @@ _HOMES = {
     "EdgeError": "edge_mmllm.errors",
     "Session": "edge_mmllm_runtime.session",
     "Snapshot": "edge_mmllm_runtime.snapshot",
+    "bench": "edge_mmllm.profiling.bench",
+    "check": "edge_mmllm_runtime.check",
     "load": "edge_mmllm_runtime",
     "open_bundle": "edge_mmllm.bundle",
 }

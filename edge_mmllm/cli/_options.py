@@ -1,0 +1,130 @@
+"""Option types and options that several sub-commands share."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+    _IntType = click.ParamType[int]
+else:
+    _IntType = click.ParamType  # no generic class before click 8.2
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `2GiB`, `512MiB` (powers of 1024), `1.5GB` (powers of 1000) or `1048576`.
+
+    Raises:
+        ValueError: no size, or not a positive one.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is not a size such as 2GiB, 512MiB, 1.5GB or 1048576")
+    size = int(Fraction(match[1]) * _UNITS[match[2]])
+    if not 0 < size < 1 << 63:
+        raise ValueError(f"{text!r} is not a usable size")
+    return size
+
+
+class Size(_IntType):
+    """A number of bytes, see `parse_size`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """An int passes; text is parsed."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Size()
+POSITIVE = click.IntRange(min=1)
+
+
+def json_option(command: Decorated) -> Decorated:
+    """`--json`."""
+    text = "Print exactly one JSON document on stdout."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def threads_option(command: Decorated) -> Decorated:
+    """`--threads`."""
+    text = "Threads to compute with; default: what CPU affinity and the cgroup's quota allow."
+    return click.option("--threads", type=POSITIVE, metavar="N", help=text)(command)
+
+
+def context_option(command: Decorated) -> Decorated:
+    """`--context`."""
+    text = "Tokens to make room for; default: the model's own limit."
+    return click.option("--context", type=POSITIVE, metavar="N", help=text)(command)
+
+
+def sampling_options(command: Decorated) -> Decorated:
+    """Options of `run` and `chat`: how tokens are picked, and when to stop."""
+    for option in reversed(
+        (
+            click.option("--max-new-tokens", type=click.IntRange(min=0), default=256,
+                         show_default=True, metavar="N", help="Longest answer in tokens."),
+            click.option("--temperature", type=float, default=0.0, show_default=True,
+                         metavar="T", help="0: always the likeliest token."),
+            click.option("--top-k", type=int, default=0, metavar="K",
+                         help="Keep the K likeliest tokens; 0: all."),
+            click.option("--top-p", type=float, default=1.0, metavar="P",
+                         help="Keep the fewest tokens whose probabilities reach P."),
+            click.option("--min-p", type=float, default=0.0, metavar="P",
+                         help="Keep tokens at least P times as likely as the likeliest."),
+            click.option("--repetition-penalty", type=float, default=1.0, metavar="R",
+                         help="Above 1: makes tokens that were seen less likely."),
+            click.option("--seed", type=int, metavar="S",
+                         help="Makes a run with a temperature repeatable."),
+            click.option("--stop", multiple=True, metavar="TEXT",
+                         help="Ends the answer, and is no part of it. May be given again."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def recorded_command(ctx: click.Context, paths: tuple[str, ...]) -> str:
+    """The arguments given, for a record: of the parameters `paths` only a path's last part."""
+    words = [ctx.info_name or ""]
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) in (None, click.core.ParameterSource.DEFAULT):
+            continue
+        value = ctx.params[name]
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            text = last_part(str(item)) if name in paths else str(item)
+            if isinstance(param, click.Argument):
+                words.append(text)
+            else:
+                words += [param.opts[0]] if isinstance(item, bool) else [param.opts[0], text]
+    return shlex.join(words)
+
+
+def last_part(text: str) -> str:
+    """The last part of a path that exists here or is absolute; a hub id stays whole."""
+    here = os.path.lexists(text) or os.path.lexists(os.path.dirname(text))  # noqa: PTH120
+    if not here and text.count(os.sep) == 1 and not text.startswith((os.sep, ".", "~")):
+        return text
+    return os.path.basename(os.path.abspath(text))  # noqa: PTH100, PTH119

@@ -1,0 +1,94 @@
+"""`edge-mmllm run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_mmllm.cli._options import context_option, json_option, sampling_options, threads_option
+from edge_mmllm.cli._output import emit, printable, progress_bars
+from edge_mmllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.answer import Answer, AnswerSettings
+
+
+@click.command("run")
+@click.argument("bundle", metavar="BUNDLE")
+@click.option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
+@sampling_options
+@threads_option
+@context_option
+@click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
+@json_option
+def command(bundle: str, prompt: str, **given: Any) -> None:
+    """Answer one prompt.
+
+    The answer goes to stdout as it comes, what it cost to stderr. A prompt goes through the
+    bundle's chat template where it has one.
+    """
+    from edge_mmllm_runtime.answer import run
+
+    as_json = given["as_json"]
+    with progress_bars(shown=not as_json) as bars:
+        answer = run(
+            bundle,
+            _stdin() if prompt == "-" else prompt,
+            answer_settings(given),
+            threads=given["threads"],
+            context=given["context"],
+            raw=given["raw"],
+            write=(lambda piece: None) if as_json else writer(),
+            progress=lambda done, total: bars("prompt", done, total),
+        )
+    if as_json:
+        emit(answer.to_json())
+        return
+    click.echo()
+    click.echo(cost(answer), err=True)
+
+
+def answer_settings(given: dict[str, Any]) -> AnswerSettings:
+    """The settings out of `sampling_options`. Raises: UsageError."""
+    from edge_mmllm_runtime.answer import AnswerSettings
+    from edge_mmllm_runtime.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = Sampling(*(given[name] for name in names))
+    return AnswerSettings(given["max_new_tokens"], sampling, tuple(given["stop"]))
+
+
+def writer() -> Callable[[str], None]:
+    """Writes pieces to stdout at once; on a terminal without control characters."""
+    stdout = sys.stdout
+    if hasattr(stdout, "reconfigure"):
+        stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+    plain = stdout.isatty()
+
+    def write(piece: str) -> None:
+        stdout.write(printable(piece) if plain else piece)
+        stdout.flush()
+
+    return write
+
+
+def cost(answer: Answer) -> str:
+    """One line about an answer."""
+    parts = [f"{answer.prompt_tokens} + {answer.new_tokens} tokens ({answer.finish_reason})"]
+    if answer.load_ms is not None:
+        parts.append(f"load {answer.load_ms:.0f} ms")
+    if answer.ttft_ms is not None:
+        parts.append(f"first token {answer.ttft_ms:.0f} ms")
+    if answer.decode_tokens_per_s is not None:
+        parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+    return ", ".join(parts)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the prompt on stdin is not UTF-8", found=str(error)) from error

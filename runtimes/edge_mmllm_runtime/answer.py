@@ -1,0 +1,172 @@
+"""One prompt, one answer, and what it cost: `run`, and the turns of `chat`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edge_mmllm.errors import Cancelled
+from edge_mmllm_runtime import generation, load
+from edge_mmllm_runtime.context import Progress
+from edge_mmllm_runtime.generation import Prompt
+from edge_mmllm_runtime.sampling import Sampling
+from edge_mmllm_runtime.session import Session
+
+Write = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How to answer; see `Session.generate`."""
+
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its figures.
+
+    Attributes:
+        finish_reason: see `generation.FinishReason`, or `cancelled`.
+        ttft_ms: from the call to the first token; None without one.
+        decode_tokens_per_s: of the tokens after the first; None where there are none.
+        load_ms: time to load the bundle; None for a later answer of the same session.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+    ttft_ms: float | None
+    decode_tokens_per_s: float | None
+    load_ms: float | None
+    threads: int
+    engine: str
+    engine_version: str
+    bundle_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def run(
+    path: str | os.PathLike[str],
+    prompt: str,
+    settings: AnswerSettings | None = None,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    raw: bool = False,
+    write: Write = lambda piece: None,
+    progress: Progress | None = None,
+) -> Answer:
+    """Loads a bundle and answers one prompt.
+
+    Args:
+        path: the bundle's folder.
+        prompt: text; it goes through the bundle's chat template as a user's message where there
+            is one, unless `raw`.
+        threads, context: see `load`.
+        write: gets the answer piece by piece.
+        progress: see `Session.prefill`.
+
+    Raises:
+        EdgeError: as `load` and `Session.generate`.
+    """
+    started = time.perf_counter()
+    with load(path, threads=threads, context=context) as session:
+        load_ms = (time.perf_counter() - started) * 1e3
+        question: Prompt = prompt
+        if not raw and session.text.has_chat_template:
+            question = [{"role": "user", "content": prompt}]
+        return answer(
+            session,
+            question,
+            settings or AnswerSettings(),
+            write=write,
+            progress=progress,
+            load_ms=load_ms,
+        )
+
+
+def answer(
+    session: Session,
+    prompt: Prompt,
+    settings: AnswerSettings,
+    *,
+    write: Write = lambda piece: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    reuse: bool = False,
+    progress: Progress | None = None,
+    load_ms: float | None = None,
+) -> Answer:
+    """Answers in a loaded session.
+
+    Args:
+        cancelled: asked between tokens, and between the chunks of a long prompt; True ends the
+            answer there.
+        reuse: see `Session.generate`.
+
+    Raises:
+        EdgeError: as `Session.generate`.
+    """
+    from edge_mmllm.text import StopMatcher
+
+    def between_chunks(done: int, total: int) -> None:
+        if cancelled():
+            raise Cancelled("the answer was cancelled")
+        if progress is not None:
+            progress(done, total)
+
+    matcher = StopMatcher(settings.stop)
+    ids = generation.encode_prompt(session, prompt)
+    started = time.perf_counter()
+    stream = session.generate_tokens(
+        ids, settings.max_new_tokens, settings.sampling, reuse=reuse, progress=between_chunks
+    )
+    times: list[float] = []
+    text = _show(generation.pieces(session, _timed(stream, times, cancelled), matcher), write)
+    ended = len(times)
+    decode_s = times[-1] - times[0] if ended > 1 else 0.0
+    engine = session.engine
+    return Answer(
+        text=text,
+        prompt_tokens=0 if ids is None else len(ids),
+        new_tokens=ended,
+        finish_reason=session.finish_reason or "cancelled",
+        ttft_ms=(times[0] - started) * 1e3 if times else None,
+        decode_tokens_per_s=(ended - 1) / decode_s if decode_s > 0 else None,
+        load_ms=load_ms,
+        threads=engine.threads,
+        engine=engine.name,
+        engine_version=engine.version,
+        bundle_sha256=session.bundle_sha256,
+    )
+
+
+def _timed(
+    stream: Iterator[int], times: list[float], cancelled: Callable[[], bool]
+) -> Iterator[int]:
+    """The stream's ids, each with its time, up to a cancellation."""
+    try:
+        for token in stream:
+            times.append(time.perf_counter())
+            yield token
+            if cancelled():
+                return
+    except Cancelled:
+        return
+
+
+def _show(pieces: Iterator[str], write: Write) -> str:
+    shown: list[str] = []
+    for piece in pieces:
+        write(piece)
+        shown.append(piece)
+    return "".join(shown)
