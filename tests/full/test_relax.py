@@ -1,6 +1,6 @@
 """The same model files through TVM: Relax float32 against the oracle and transformers' logits.
 
-Run by `make test-full` in an environment with `edge-mmllm[mlc]`; needs apache-tvm and numpy only.
+Run by `make test-full` in an environment of its own with `edge-mmllm[mlc]` (no torch, no onnx).
 """
 
 from __future__ import annotations
@@ -122,10 +122,11 @@ def test_prefill_of_one_token_is_decode(case: Case) -> None:
 
 
 def test_only_the_rows_asked_for(case: Case) -> None:
-    whole = case.runner.forward(case.ids)
-    case.runner.reset()
     wanted = np.array([len(case.ids) - 1, 3, 3])
-    assert np.array_equal(case.runner.forward(case.ids, wanted), whole[wanted])
+    expected = case.golden("logits")[wanted]
+    logits = case.runner.forward(case.ids, wanted)
+    assert logits.shape == expected.shape
+    assert np.abs(logits - expected).max() <= TOLERANCE
 
 
 def test_states_are_updated_in_place(case: Case) -> None:
@@ -246,18 +247,13 @@ class Leftovers:
 
     def decode(self, op: Any, w: Mapping[str, Weight], x: Any) -> Any:
         for kind in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu"):
-            y = op.norm(x, w["scale"], eps=1e-5, bias=w["shift"])
-            x = op.mul(op.add(x, op.activation(y, kind)), w_row(op, w, x))
+            y = op.activation(op.norm(x, w["scale"], eps=1e-5, bias=w["shift"]), kind)
+            x = op.norm(op.mul(op.add(x, y), x), w["shift"], eps=1e-3, groups=4)
         q = op.norm(x, w["scale"], eps=1e-5)
         k, v = op.split(x, (12, 12))
         spec = Attention(6, 3, 4, 0.5, None, window=5, softcap=1.5)
         x = op.add(x, op.attention(q, k, v, *self.states(), spec))
         return op.linear(op.logit_rows(x), w["embed"])[0]
-
-
-def w_row(op: Any, w: Mapping[str, Weight], x: Any) -> Any:
-    """A second stream of x's shape."""
-    return op.norm(x, w["shift"], eps=1e-3, groups=4)
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +274,8 @@ def test_ops_that_no_reference_uses(leftovers: tuple[Any, dict[str, Weight]]) ->
     expected = Oracle(model, weights).forward(ids)
     runner = RelaxRunner(model, weights, capacity=20)
     logits = np.concatenate([runner.forward(ids[:6]), runner.forward(ids[6:])])
-    assert np.abs(expected).max() > 1
-    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert 1 < np.abs(expected).max() < 100
+    assert np.abs(logits - expected).max() <= TOLERANCE
 
 
 def test_lowering_needs_no_other_extra() -> None:
