@@ -4,6 +4,7 @@ Run it in an environment with the `reference` extra (torch, transformers 5, safe
 
     python tests/goldens/make_references.py [--out tests/goldens/references] [NAME ...]
     python tests/goldens/make_references.py --logits FOLDER IDS.npy OUT.npy
+    python tests/goldens/make_references.py --again OUT.npz
 
 Each folder holds a random model in the published hub layout (`config.json`, `model.safetensors`,
 as `save_pretrained` writes them) and `golden.npz`: `input_ids` int64 `(seq,)` and `logits` float32
@@ -212,7 +213,19 @@ def main() -> None:
         metavar=("FOLDER", "IDS.npy", "OUT.npy"),
         help="only write what transformers computes for a checkpoint and some ids",
     )
+    parser.add_argument(
+        "--again",
+        metavar="OUT.npz",
+        help="only write what transformers computes for the committed references",
+    )
     arguments = parser.parse_args()
+    if arguments.again:
+        folders = [arguments.out / name for name in arguments.names]
+        np.savez(
+            arguments.again,
+            **{f.name: logits(f, np.load(f / "golden.npz")["input_ids"]) for f in folders},
+        )
+        return
     if arguments.logits:
         folder, ids, target = arguments.logits
         np.save(target, logits(Path(folder), np.load(ids)))
