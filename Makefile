@@ -44,7 +44,7 @@ bench: .venv/export .venv-bench/installed
 
 .venv-tvm/installed: pyproject.toml
 	test -x .venv-tvm/bin/python || $(PYTHON) -m venv .venv-tvm
-	.venv-tvm/bin/python $(PIP) --editable '.[dev,mlc]'
+	.venv-tvm/bin/python $(PIP) --editable '.[mlc]' pytest
 	touch $@
 
 .venv-bench/installed: pyproject.toml

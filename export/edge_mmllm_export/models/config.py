@@ -35,11 +35,13 @@ class Fields:
             fix="take config.json from the checkpoint's original release",
         )
 
-    def size(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
-        """A whole number from 1 to `limit`. Raises: CheckpointError."""
+    def size(
+        self, key: str, default: int | None = None, *, least: int = 1, limit: int = MAX_SIZE
+    ) -> int:
+        """A whole number from `least` to `limit`. Raises: CheckpointError."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise self._fail(key, f"a whole number from 1 to {limit}", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
+            raise self._fail(key, f"a whole number from {least} to {limit}", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

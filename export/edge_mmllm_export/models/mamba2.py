@@ -103,7 +103,7 @@ class Mamba2:
                 head_dim=head_dim,
                 d_state=f.size("state_size"),
                 groups=groups,
-                conv_kernel=f.size("conv_kernel", 4, limit=64),
+                conv_kernel=f.size("conv_kernel", 4, least=2, limit=64),
                 norm_eps=f.number("layer_norm_epsilon", 1e-5),
                 tied=f.flag("tie_word_embeddings", False),
                 conv_bias=f.flag("use_conv_bias", True),
