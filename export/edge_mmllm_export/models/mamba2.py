@@ -223,7 +223,7 @@ def _time_step_limit(f: Fields) -> tuple[float, float]:
     if isinstance(values, list) and len(values) == 2:
         plain = [v.get("__float__") if isinstance(v, dict) else v for v in values]
         try:
-            low, high = (float(v) for v in plain)
+            low, high = (float(str(v)) for v in plain)
         except (TypeError, ValueError):
             low = high = float("nan")
         if low <= high:

@@ -87,7 +87,7 @@ class NumpyOps:
         if bias is not None:
             parts = parts - parts.mean(axis=-1, keepdims=True)
         mean_square = np.mean(parts * parts, axis=-1, keepdims=True)
-        y = (parts / np.sqrt(mean_square + np.float32(eps))).reshape(x.shape) * weight.values
+        y: Array = (parts / np.sqrt(mean_square + np.float32(eps))).reshape(x.shape) * weight.values
         return y if bias is None else y + bias.values
 
     def add_norm(
