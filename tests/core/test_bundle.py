@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_a_path_that_could_leave_the_folder_is_refused(bundle: Bundle, path: str
     with pytest.raises(UnsafeBundle) as caught:
         open_bundle(bundle.root, verify="none")
     assert caught.value.where == "manifest.json.files[0].path"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("../x", r"it has the part '\.\.'"), ("/x", "it is absolute"), ("C:x", "it holds ':'")],
+)
+def test_the_reason_is_named(bundle: Bundle, path: str, reason: str) -> None:
+    _edit_file_path(bundle, path)
+    with pytest.raises(UnsafeBundle, match=reason):
+        open_bundle(bundle.root)
 
 
 @pytest.mark.parametrize("path", ["DECODER.ONNX", "golden.npz", "manifest.json", "Manifest.JSON"])
@@ -306,3 +317,31 @@ def test_verify_lists_all_damage_and_all_extra_files(bundle: Bundle) -> None:
 def test_source_hash_ignores_the_order_of_files() -> None:
     a, b = SourceFile("a", 1, "11" * 32), SourceFile("b", 1, "22" * 32)
     assert source_hash([a, b]) == source_hash([b, a]) != source_hash([a])
+
+
+def test_every_key_is_documented(bundle: Bundle) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text("utf-8")
+    document = json.loads((bundle.root / "manifest.json").read_bytes())
+    for free in ("engine_format", "details", "config", "figures", "tool_versions", "stages"):
+        _empty(document, free)
+    keys: set[str] = set()
+    _collect(document, keys)
+    assert len(keys) > 50
+    words = set(re.findall(r"\w+", page))
+    assert keys <= words
+
+
+def _empty(value: Any, name: str) -> None:
+    if isinstance(value, dict):
+        if name in value:
+            value[name] = {}
+        for child in value.values():
+            _empty(child, name)
+
+
+def _collect(value: Any, keys: set[str]) -> None:
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, (dict, list)):
+            _collect(child, keys)
+    if isinstance(value, dict):
+        keys |= set(value)

@@ -107,6 +107,19 @@ def test_version_1(tmp_path: Path, mount: str) -> None:
     assert cgroup_limits(tmp_path) == CgroupLimits(1, 2.5, 2 * GIB, GIB // 2)
 
 
+def test_version_1_without_limits(tmp_path: Path) -> None:
+    _write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/\n3:cpu:/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
+    assert cgroup_limits(tmp_path) == CgroupLimits(1, None, None, 0)
+
+
 @pytest.mark.parametrize("content", ["", "max", "100000", "100000 0", "a b", "-1 100000"])
 def test_a_malformed_quota_is_none(tmp_path: Path, content: str) -> None:
     _write(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": content})
