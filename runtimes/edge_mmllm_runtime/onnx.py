@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
-from edge_mmllm.spec import CAPACITY, ModelSpec, Stage
+from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.prepacked import cached_graph
 from edge_mmllm_runtime.state import StateBuffers, allocate
@@ -88,7 +88,7 @@ class OnnxEngine:
         self._inputs = frozenset(stage.inputs)
         self.accepts_embeddings = "inputs_embeds" in self._inputs
         self._session = _open(file(stage.file), threads)
-        _check(self._session, spec, stage)
+        _check(self._session, spec, stage, spec.states)
         grows = any(s.grows for s in spec.states)
         if grows and context is None:
             raise UsageError("a model whose state grows needs a context", expected="tokens")
@@ -182,9 +182,13 @@ class OnnxEngine:
                     "the decoder takes embeddings but the bundle has no `embed` stage"
                 )
             session = _open(self._file(stage.file), self.threads)
+            _check(session, self._spec, stage, ())
 
             def embed(ids: Int64) -> Float32:
-                result: Float32 = session.run(list(stage.outputs), {stage.inputs[0]: ids})[0]
+                try:
+                    result: Float32 = session.run(["inputs_embeds"], {"input_ids": ids})[0]
+                except Exception as error:  # see `_execute`
+                    raise SessionError("onnxruntime failed to embed", found=str(error)) from error
                 return result
 
             self._embed = embed
@@ -238,8 +242,10 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
         ) from error
 
 
-def _check(session: ort.InferenceSession, spec: ModelSpec, stage: Stage) -> None:
-    """Compares a decoder's inputs and outputs with the manifest: names, types, fixed sizes.
+def _check(
+    session: ort.InferenceSession, spec: ModelSpec, stage: Stage, states: tuple[StateSpec, ...]
+) -> None:
+    """Compares a graph's inputs and outputs with the manifest: names, types, fixed sizes.
 
     Raises:
         CorruptBundle: all differences at once.
@@ -251,16 +257,16 @@ def _check(session: ort.InferenceSession, spec: ModelSpec, stage: Stage) -> None
         "logit_rows": ("tensor(int64)", (None,)),
         "logits": ("tensor(float)", (None, spec.vocab_size)),
     }
-    states = {
+    carried = {
         s.name: (_ORT_TYPES[s.dtype], tuple(None if d == CAPACITY else d for d in s.shape))
-        for s in spec.states
+        for s in states
     }
     wrong = []
     for side, nodes, names, prefix in (
         ("input", session.get_inputs(), stage.inputs, "state."),
         ("output", session.get_outputs(), stage.outputs, "next."),
     ):
-        want = {n: plain.get(n) for n in names} | {prefix + n: t for n, t in states.items()}
+        want = {n: plain.get(n) for n in names} | {prefix + n: t for n, t in carried.items()}
         have = {n.name: (n.type, tuple(n.shape)) for n in nodes}
         for name in sorted(want.keys() | have.keys()):
             wanted, found = want.get(name), have.get(name)

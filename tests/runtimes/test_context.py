@@ -318,6 +318,17 @@ def test_graph_and_manifest_must_agree(tmp_path):
         toy.engine()
 
 
+def test_embed_stage_is_loaded_late_and_checked(tmp_path):
+    toy = toys.recurrent(tmp_path, embeds=True)
+    embed = (tmp_path / "embed.onnx").read_bytes()
+    (tmp_path / "embed.onnx").write_bytes((tmp_path / "decoder.onnx").read_bytes())
+    with toy.session() as session:
+        with pytest.raises(CorruptBundle, match=r"embed\.onnx"):
+            session.prefill(IDS)
+        (tmp_path / "embed.onnx").write_bytes(embed)
+        assert close_to(session.prefill(IDS), toy.reference(IDS)[-1])
+
+
 def test_states_are_not_copied_by_a_step(toy):
     with toy.session() as session:
         session.prefill(IDS[:4])
