@@ -73,6 +73,7 @@ TEXTS = [
 ]
 
 CONTROL, USER, UNKNOWN, BYTE, NORMAL = 3, 4, 2, 6, 1
+WHOLE_WORDS = ("\u0120leading", "\u0120trailing", "\u0120capital", "\u0120jumps")
 EXTRA = {"<|user|>": CONTROL, "<|end|>": CONTROL, "<|x|>": USER}
 
 
@@ -91,6 +92,8 @@ def byte_level() -> dict[str, Any]:
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     tokens = [token for token in tokens if token not in EXTRA]
+    # no merges lead to these: only a pre-tokenizer that ignores merges emits them
+    tokens += [word for word in WHOLE_WORDS if word not in tokens]
     return {
         "tokens": [*tokens, *EXTRA],
         "token_types": [NORMAL] * len(tokens) + list(EXTRA.values()),
