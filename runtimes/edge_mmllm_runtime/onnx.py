@@ -24,6 +24,7 @@ from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
 from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.hugepages import huge_pages
 from edge_mmllm_runtime.prepacked import cached_graph
 from edge_mmllm_runtime.state import StateBuffers, allocate
 
@@ -233,9 +234,10 @@ def _value(array: NDArray[Any]) -> ort.OrtValue:
 
 def _open(path: Path, threads: int) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(
-            path, sess_options=session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        with huge_pages():
+            return ort.InferenceSession(
+                path, sess_options=session_options(threads), providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # onnxruntime's errors share no base class but this
         raise CorruptBundle(
             "onnxruntime cannot load a graph of the bundle", where=str(path), found=str(error)

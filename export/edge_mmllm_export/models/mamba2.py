@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -144,7 +145,7 @@ class Mamba2:
         """`backbone.layers.N.mixer.*`; in_proj holds z, xBC and dt one below the other."""
         c = self.config
         ends = np.cumsum([0, c.d_inner, c.d_conv, c.heads]).tolist()
-        parts = dict(zip(("z", "xBC", "dt"), zip(ends[:-1], ends[1:], strict=True), strict=True))
+        parts = dict(zip(("z", "xBC", "dt"), pairwise(ends), strict=True))
         out = {
             "embed": Source("backbone.embeddings.weight"),
             "norm": Source("backbone.norm_f.weight"),
