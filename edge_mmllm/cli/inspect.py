@@ -76,10 +76,17 @@ def _with(document: dict[str, Any], tensors: tuple[TensorRow, ...] | None) -> di
 def _show_tensors(tensors: tuple[TensorRow, ...] | None) -> None:
     if tensors is not None:
         rows = [
-            (t.name, "x".join(map(str, t.shape)), t.dtype, t.role, size_text(t.size_bytes))
+            (
+                t.name,
+                "x".join(map(str, t.shape)),
+                t.dtype,
+                size_text(t.size_bytes),
+                t.role,
+                ", ".join(t.parameters),
+            )
             for t in tensors
         ]
-        grid(("tensor", "shape", "type", "role", "size"), rows)
+        grid(("tensor", "shape", "type", "size", "role", "used as"), rows)
 
 
 def _text_row(text: TextSpec) -> tuple[str, object]:

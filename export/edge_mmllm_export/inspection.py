@@ -16,18 +16,25 @@ from edge_mmllm.spec import TextSpec
 from edge_mmllm_export.checkpoints import Checkpoint, open_checkpoint
 from edge_mmllm_export.models import architecture_name, build
 from edge_mmllm_export.ops.base import Architecture
-from edge_mmllm_export.weights import bind
+from edge_mmllm_export.weights import Parameter, bind
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A stored tensor. `role` is ours: matrix, embedding, head, vector, or `-` where unused."""
+    """A stored tensor.
+
+    Attributes:
+        role: matrix, embedding, head, vector, or `-` where the model does not use it; in a
+            bundle the stage that holds it.
+        parameters: our names for what is made of it, as `--override` takes them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
     role: str = "-"
+    parameters: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -90,11 +97,19 @@ def inspect_checkpoint(source: str | os.PathLike[str]) -> CheckpointReport:
 
 def _report(checkpoint: Checkpoint) -> CheckpointReport:
     name, model, problem = _model(checkpoint)
-    roles, parameters = _roles(checkpoint, model)
+    uses = _uses(checkpoint, model)
     rows = tuple(
-        TensorRow(t.name, t.shape, t.dtype, t.size_bytes, roles.get(t.name, "-"))
+        TensorRow(
+            name=t.name,
+            shape=t.shape,
+            dtype=t.dtype,
+            size_bytes=t.size_bytes,
+            role=uses[t.name][0].role if t.name in uses else "-",
+            parameters=tuple(p.name for p in uses.get(t.name, ())),
+        )
         for t in checkpoint.tensors.values()
     )
+    parameters = 0 if model is None else sum(math.prod(p.shape) for p in model.parameters())
     by_dtype: Counter[str] = Counter()
     for row in rows:
         by_dtype[row.dtype] += row.size_bytes
@@ -140,14 +155,15 @@ def _model(checkpoint: Checkpoint) -> tuple[str | None, Architecture | None, str
     return name, model, None
 
 
-def _roles(checkpoint: Checkpoint, model: Architecture | None) -> tuple[dict[str, str], int]:
-    """Stored tensor -> role, and the number of parameters (0 without a model)."""
+def _uses(checkpoint: Checkpoint, model: Architecture | None) -> dict[str, list[Parameter]]:
+    """Stored tensor -> what the model makes of it."""
     if model is None:
-        return {}, 0
-    parameters = model.parameters()
+        return {}
     sources = model.sources(checkpoint.layout)
-    total = sum(math.prod(p.shape) for p in parameters)
-    return {sources[p.name].name: p.role for p in parameters}, total
+    uses: dict[str, list[Parameter]] = {}
+    for parameter in model.parameters():
+        uses.setdefault(sources[parameter.name].name, []).append(parameter)
+    return uses
 
 
 def _text(checkpoint: Checkpoint) -> tuple[TextSpec | None, str | None]:

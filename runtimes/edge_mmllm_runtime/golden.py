@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_mmllm.bundle.reader import read_small
 from edge_mmllm.errors import CorruptBundle
 from edge_mmllm_runtime.engine import Float32, Int64
 
@@ -33,6 +35,13 @@ MAX_TOKENS = 4096
 MAX_ROWS = 64
 #: Room for a `.npy` header: magic, version and a dict of some 80 characters, padded to 64.
 _HEADER_BYTES = 1024
+#: Room for a member's headers in the zip.
+_MEMBER_BYTES = _HEADER_BYTES + 1024
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<[if][248])', 'fortran_order': False, "
+    rb"'shape': \((\d{1,9}), ?(\d{1,9})?\), \} *\n",
+    re.DOTALL,
+)
 
 _DTYPES = {"ids": "<i8", "top1": "<i4", "margin": "<f4", "rows": "<i8", "logits": "<f2"}
 
@@ -53,6 +62,7 @@ def read_golden(path: Path, vocab_size: int) -> Golden:
 
     Raises:
         CorruptBundle: not such a file, or at odds with itself or the model.
+        UnsafeBundle: not a plain file.
     """
     limits = {
         "ids": MAX_TOKENS * 8,
@@ -61,20 +71,17 @@ def read_golden(path: Path, vocab_size: int) -> Golden:
         "rows": MAX_ROWS * 8,
         "logits": MAX_ROWS * vocab_size * 2,
     }
+    content = read_small(path, sum(limits.values()) + len(limits) * _MEMBER_BYTES)
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             raw = {name: _member(archive, f"{name}.npy", limits[name]) for name in _DTYPES}
         arrays = {name: _array(data, _DTYPES[name]) for name, data in raw.items()}
     except (
         ValueError,
         KeyError,
-        TypeError,
-        SyntaxError,
         EOFError,
         OverflowError,
-        RecursionError,
-        RuntimeError,
-        NotImplementedError,
+        RuntimeError,  # an encrypted member; NotImplementedError is one too
         struct.error,
         zlib.error,
         zipfile.BadZipFile,
@@ -114,20 +121,22 @@ def _member(archive: zipfile.ZipFile, name: str, limit_bytes: int) -> bytes:
 
 
 def _array(data: bytes, dtype: str) -> NDArray[Any]:
-    """The array of a `.npy` file, in C order; its size must be that of its data."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"npy version {version}")
-    shape, fortran, found = np.lib.format.read_array_header_1_0(
-        stream, max_header_size=_HEADER_BYTES
-    )
-    if found != np.dtype(dtype) or fortran:
-        raise ValueError(f"dtype {found}, not {dtype} in C order")
-    size = math.prod(shape) * found.itemsize  # Python integers: no overflow
-    if min(shape, default=0) < 1 or size != len(data) - stream.tell():
-        raise ValueError(f"shape {shape} over {len(data) - stream.tell()} bytes")
-    return np.frombuffer(data, found, offset=stream.tell()).reshape(shape)
+    """The array of a `.npy` file (version 1.0, C order); its size must be that of its data.
+
+    The header is matched, not evaluated as numpy's own reader does.
+    Source: numpy.lib.format, "Format Version 1.0".
+    """
+    match = _NPY.match(data)
+    if match is None:
+        raise ValueError("not a .npy of version 1.0 in C order, of one or two dimensions")
+    begin = match.end()
+    if begin != 10 + int.from_bytes(data[8:10], "little") or match[1] != dtype.encode():
+        raise ValueError(f"not a .npy of {dtype}")
+    shape = tuple(int(size) for size in match.groups()[1:] if size is not None)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if min(shape) < 1 or size != len(data) - begin:
+        raise ValueError(f"shape {shape} over {len(data) - begin} bytes")
+    return np.frombuffer(data, dtype, offset=begin).reshape(shape)
 
 
 def _objection(golden: Golden, vocab_size: int) -> str | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +94,101 @@ def write_sample(sample_manifest: Manifest) -> WriteSample:
             return writer.commit(sample_manifest)
 
     return write
+
+
+REFERENCES = Path(__file__).resolve().parents[1] / "goldens" / "references"
+
+#: ChatML in small.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _chat_checkpoint(folder: Path, template: str | None) -> Path:
+    """The tiny random llama with a tokenizer of single characters and a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir()
+    characters = ["<unk>", "\n", *map(chr, range(32, 126))]  # 96 ids
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, characters[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(REFERENCES / "llama" / name, folder / name)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """Makes a tiny checkpoint with a tokenizer and this chat template (None: a base model)."""
+
+    def make(template: str | None) -> Path:
+        return _chat_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-chat", template)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(make_checkpoint: Callable[[str | None], Path]) -> Path:
+    """A tiny random llama that can chat; read it only."""
+    return make_checkpoint(TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`chat_checkpoint` as a judged float32 bundle; read it only."""
+    from edge_mmllm_export.exporter import ExportOptions, export
+    from edge_mmllm_export.quantize.schemes import QuantPlan
+
+    out = tmp_path_factory.mktemp("bundles") / "chat.f32"
+    export(chat_checkpoint, out, ExportOptions(plan=QuantPlan("f32"), workers=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def base_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Mamba-2 without tokenizer, in int8, not judged; read it only."""
+    from edge_mmllm_export.exporter import ExportOptions, export
+    from edge_mmllm_export.quantize.schemes import QuantPlan
+
+    out = tmp_path_factory.mktemp("bundles") / "base.int8"
+    options = ExportOptions(plan=QuantPlan("int8"), gate=False, workers=1)
+    export(REFERENCES / "mamba2", out, options)
+    return out
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """The one document on stdout."""
+        assert self.stdout.endswith("\n")
+        assert "\n" not in self.stdout[:-1]
+        return json.loads(self.stdout, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Runs `edge-mmllm ARGUMENTS` in this process. An unexpected error is raised."""
+    from click.testing import CliRunner
+
+    from edge_mmllm.cli import main
+
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+        words = [str(argument) for argument in arguments]
+        done = CliRunner().invoke(main, words, input=stdin, prog_name="edge-mmllm")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Result(done.exit_code, done.stdout, done.stderr)
+
+    return run
