@@ -156,6 +156,14 @@ def test_control_tokens_are_special_and_user_tokens_are_not(tmp_path: Path) -> N
     assert tokenizer.decode(ids) == "Hi<|x|>"
 
 
+def test_an_end_token_is_special_whatever_its_type(tmp_path: Path) -> None:
+    """Old conversions typed them as normal; as text they would be cut to pieces."""
+    kinds = [1] * len(BYTE_LEVEL["tokens"])
+    assets = open_checkpoint(byte_level_gguf(tmp_path, token_types=kinds)).text()
+    assert encode(assets, "<|end|>") == [BYTE_LEVEL["tokens"].index("<|end|>")]
+    assert len(encode(assets, "<|user|>")) > 1
+
+
 def test_unknown_pre_tokenizer(tmp_path: Path) -> None:
     for pre, named in (("klingon-bpe", "klingon-bpe"), (None, "none at all")):
         checkpoint = open_checkpoint(byte_level_gguf(tmp_path, pre))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoint_files import View, bf16_bytes, state_pickle, tensor_pickle, write_torch_zip
 from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.checkpoints.files import WeightFile
 from numpy.lib.stride_tricks import as_strided
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint
@@ -90,6 +91,25 @@ def test_strided_views(
     np.testing.assert_array_equal(whole, expected)
     if shape[0] > 4:
         np.testing.assert_array_equal(checkpoint.read("w", 2, 4), expected[2:4])
+
+
+def test_a_transposed_tile_is_read_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = View("0", MATRIX.size, (40, 600), (1, 40))
+    path = write_torch_zip(tmp_path / "m.pth", state_pickle({"w": view}), {"0": MATRIX.tobytes()})
+    checkpoint = open_checkpoint(path)
+    sizes: list[int] = []
+    read_into = WeightFile.read_into
+
+    def count(self: WeightFile, buffer: memoryview, offset: int) -> None:
+        sizes.append(len(buffer))
+        read_into(self, buffer, offset)
+
+    monkeypatch.setattr(WeightFile, "read_into", count)
+    np.testing.assert_array_equal(checkpoint.read("w", 3, 7), MATRIX.T[3:7])
+    assert sizes == [16] * 600  # four neighbours at a time, nothing that is not wanted
+    sizes.clear()
+    np.testing.assert_array_equal(checkpoint.read("w"), MATRIX.T)
+    assert sizes == [MATRIX.nbytes]
 
 
 def test_nested_state_dict_and_bin_layout(tmp_path: Path) -> None:
