@@ -42,6 +42,12 @@ def test_everything_that_does_not_fit_is_listed_at_once():
     assert "inv_freq" not in message
 
 
+@pytest.mark.parametrize("extra", ["b.bias", "a.inv_freq.b"])
+def test_a_tensor_that_the_model_would_ignore_is_an_error(extra):
+    with pytest.raises(TensorMismatch, match=f"unexpected: {extra} "):
+        _bind({"a": A, extra: A}, [Parameter("a", (6, 4))], ignored=["*.inv_freq"])
+
+
 def test_a_real_checkpoint_with_wrong_tensors(tmp_path):
     shutil.copy(references.FOLDER / "mamba2" / "config.json", tmp_path)
     tensors = safetensors.numpy.load_file(references.FOLDER / "mamba2" / "model.safetensors")

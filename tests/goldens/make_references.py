@@ -64,7 +64,8 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    # Of 8 wavelengths the first is below 64 / 4, the second between, the rest above 64.
+    "original_max_position_embeddings": 64,
 }
 
 
