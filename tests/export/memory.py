@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
+from edge_mmllm.spec import TextSpec
 from edge_mmllm_export.checkpoints.base import TensorInfo, TextAssets
 from edge_mmllm_export.quantize.schemes import F32, Scheme
 from edge_mmllm_export.weights import Role, Source, Weight
-
-from edge_mmllm.spec import TextSpec
 
 
 class MemoryCheckpoint:

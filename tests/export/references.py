@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.spec import ModelSpec, Stage, TextSpec
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.models import build
 from edge_mmllm_export.onnx import Inputs, write_stages
@@ -19,9 +22,6 @@ from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight, bind
 from edge_mmllm_runtime.onnx import OnnxEngine
 from edge_mmllm_runtime.session import Session
-from numpy.typing import NDArray
-
-from edge_mmllm.spec import ModelSpec, Stage, TextSpec
 
 Float32 = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parents[2]

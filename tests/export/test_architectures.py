@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 import references
-from edge_mmllm_export.models import ARCHITECTURES
-from edge_mmllm_runtime.sampling import Sampling
 from references import DATA, FOLDER, NAMES, golden, load, oracle_logits
 
 from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm_export.models import ARCHITECTURES
+from edge_mmllm_runtime.sampling import Sampling
 
 #: Issue A's limits are 1e-3 and 2e-3; 3e-5 was seen, and a wrong epsilon already makes 1e-4.
 ORACLE_TOLERANCE = 1e-4

@@ -15,10 +15,10 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from edge_mmllm_export.checkpoints import open_checkpoint
 from references import FOLDER, export, golden, load
 
 from edge_mmllm.errors import TensorMismatch, UnsupportedArchitecture
+from edge_mmllm_export.checkpoints import open_checkpoint
 
 
 def _permute(w: np.ndarray, heads: int) -> np.ndarray:

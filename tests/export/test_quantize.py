@@ -6,15 +6,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from memory import weight
+
+from edge_mmllm.errors import UsageError
 from edge_mmllm_export.onnx import Value
 from edge_mmllm_export.ops.onnx import OnnxOps
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
 from edge_mmllm_export.quantize.blocks import dequantize, pack_nibbles, quantize
 from edge_mmllm_export.quantize.schemes import F16, F32, QuantPlan, Scheme, parse_override
 from edge_mmllm_export.weights import Parameter, as_stored
-from memory import weight
-
-from edge_mmllm.errors import UsageError
 
 RNG = np.random.default_rng(3)
 SCHEMES = [

@@ -14,10 +14,11 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
+from references import FOLDER, NAMES, Exported, golden, load, oracle_logits
+
 from edge_mmllm_export.quantize.schemes import QuantPlan, parse_override
 from edge_mmllm_export.weights import as_stored
 from edge_mmllm_runtime.divergence import divergence
-from references import FOLDER, NAMES, Exported, golden, load, oracle_logits
 
 EXACT = 2e-4
 KL_MEAN, KL_P99 = 0.01, 0.06

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import references
 import safetensors.numpy
-from edge_mmllm_export import weights
-from edge_mmllm_export.quantize.schemes import F16, Scheme
-from edge_mmllm_export.weights import Parameter, Source, as_stored, bind
 from memory import MemoryCheckpoint, weight
 
 from edge_mmllm.errors import NonFiniteWeights, TensorMismatch
+from edge_mmllm_export import weights
+from edge_mmllm_export.quantize.schemes import F16, Scheme
+from edge_mmllm_export.weights import Parameter, Source, as_stored, bind
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((6, 4)).astype(np.float32)
