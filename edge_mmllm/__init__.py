@@ -14,14 +14,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_mmllm.bundle import Bundle, open_bundle
+    from edge_mmllm.errors import EdgeError
+    from edge_mmllm.profiling.bench import bench
     from edge_mmllm_runtime import load
     from edge_mmllm_runtime.check import check
     from edge_mmllm_runtime.session import Session
     from edge_mmllm_runtime.snapshot import Snapshot
-
-    from edge_mmllm.bundle import Bundle, open_bundle
-    from edge_mmllm.errors import EdgeError
-    from edge_mmllm.profiling.bench import bench
 
     __version__: str
 

@@ -103,8 +103,15 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 @contextmanager
-def progress_bars(*, shown: bool = True) -> Iterator[Progress]:
-    """A bar for each phase that is reported with (phase, done, total), on a terminal only."""
+def progress_bars(*, shown: bool = True, transient: bool = False) -> Iterator[Progress]:
+    """A bar for each phase that is reported with (phase, done, total), on a terminal only.
+
+    Nothing is printed before the first report. Stdout is left alone.
+
+    Args:
+        shown: whether to show anything.
+        transient: whether the bars vanish in the end.
+    """
     target = console() if shown and sys.stderr.isatty() else None
     if target is None:
         yield lambda phase, done, total: None
@@ -117,13 +124,24 @@ def progress_bars(*, shown: bool = True) -> Iterator[Progress]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=target) as bars:
-        tasks: dict[str, Any] = {}
+    bars = Progress(
+        *columns,
+        console=target,
+        transient=transient,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    tasks: dict[str, Any] = {}
 
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                # A single step says nothing about its progress: let the bar pulse.
-                tasks[phase] = bars.add_task(printable(phase), total=total if total > 1 else None)
-            bars.update(tasks[phase], completed=done, total=total if total > 1 or done else None)
+    def report(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            bars.start()
+            # A single step says nothing about its progress: let the bar pulse.
+            tasks[phase] = bars.add_task(printable(phase), total=total if total > 1 else None)
+        bars.update(tasks[phase], completed=done, total=total if total > 1 or done else None)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()

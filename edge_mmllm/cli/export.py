@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,9 +20,8 @@ from edge_mmllm.cli._output import emit, grid, progress_bars, size_text, table
 from edge_mmllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edge_mmllm_export.exporter import ExportOptions, ExportPlan  # noqa: TID251
-
     from edge_mmllm.bundle import Bundle, QuantGroup
+    from edge_mmllm_export.exporter import ExportOptions, ExportPlan  # noqa: TID251
 
 #: The same words as the exporter's QUANT_NAMES, which is not imported for `--help`.
 QUANT_NAMES = ("f32", "f16", "int8", "int4")
@@ -113,6 +113,9 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
     from edge_mmllm_export.exporter import ExportOptions  # noqa: TID251
     from edge_mmllm_export.quantize.schemes import QuantPlan, parse_override  # noqa: TID251
 
+    text = given["gate_text"]
+    if text is not None and not Path(text).is_file():
+        raise UsageError("--gate-text is no file", where=text, expected="a text in UTF-8")
     plan = QuantPlan(
         name=given["quant"],
         block_size=int(given["block_size"]),

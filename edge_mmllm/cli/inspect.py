@@ -13,10 +13,9 @@ from edge_mmllm.cli.export import gate_rows
 from edge_mmllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edge_mmllm_export.inspection import CheckpointReport, TensorRow  # noqa: TID251
-
     from edge_mmllm.inspection import BundleReport, StateReport
     from edge_mmllm.spec import TextSpec
+    from edge_mmllm_export.inspection import CheckpointReport, TensorRow  # noqa: TID251
 
 
 @click.command("inspect")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
     from edge_mmllm_runtime.answer import run
 
     as_json = given["as_json"]
-    with progress_bars(shown=not as_json) as bars:
+    with contextlib.ExitStack() as waiting:
+        bars = waiting.enter_context(progress_bars(shown=not as_json, transient=True))
         answer = run(
             bundle,
             _stdin() if prompt == "-" else prompt,
@@ -41,7 +43,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             threads=given["threads"],
             context=given["context"],
             raw=given["raw"],
-            write=(lambda piece: None) if as_json else writer(),
+            write=(lambda piece: None) if as_json else writer(waiting.close),
             progress=lambda done, total: bars("prompt", done, total),
         )
     if as_json:
@@ -61,14 +63,19 @@ def answer_settings(given: dict[str, Any]) -> AnswerSettings:
     return AnswerSettings(given["max_new_tokens"], sampling, tuple(given["stop"]))
 
 
-def writer() -> Callable[[str], None]:
-    """Writes pieces to stdout at once; on a terminal without control characters."""
+def writer(before: Callable[[], None] = lambda: None) -> Callable[[str], None]:
+    """Writes pieces to stdout at once; on a terminal without control characters.
+
+    Args:
+        before: called before each piece.
+    """
     stdout = sys.stdout
     if hasattr(stdout, "reconfigure"):
         stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     plain = stdout.isatty()
 
     def write(piece: str) -> None:
+        before()
         stdout.write(printable(piece) if plain else piece)
         stdout.flush()
 

@@ -140,14 +140,13 @@ def gate_tokens(encode: Any, vocab_size: int, limit: int, text: str | None) -> t
 
 def run(request: Request) -> dict[str, Any]:
     """The child's work: oracle and engine over the same tokens; golden vectors written."""
-    from edge_mmllm_runtime import load
-    from edge_mmllm_runtime.divergence import divergence
-
     from edge_mmllm.profiling.memory import peak_rss_bytes
     from edge_mmllm_export.checkpoints import open_checkpoint
     from edge_mmllm_export.models import build
     from edge_mmllm_export.oracle import Oracle
     from edge_mmllm_export.weights import Parameter, Weight, as_stored, bind
+    from edge_mmllm_runtime import load
+    from edge_mmllm_runtime.divergence import divergence
 
     checkpoint = open_checkpoint(request.source)
     model = build(checkpoint, request.context)

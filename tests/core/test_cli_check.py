@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edge_mmllm_runtime.check import FLOAT_LIMITS, QUANTIZED_LIMITS, limits
-from edge_mmllm_runtime.golden import read_golden
 
 import edge_mmllm
 from edge_mmllm.bundle import GOLDEN_FILE, MANIFEST_FILE, open_bundle
 from edge_mmllm.errors import CorruptBundle
+from edge_mmllm_runtime.check import FLOAT_LIMITS, QUANTIZED_LIMITS, limits
+from edge_mmllm_runtime.golden import read_golden
 
 VOCAB = 96
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_mmllm_export.quantize import schemes
 
 from edge_mmllm.bundle import open_bundle
 from edge_mmllm.cli.export import QUANT_NAMES
+from edge_mmllm_export.quantize import schemes
 
 REFERENCES = Path(__file__).resolve().parents[1] / "goldens" / "references"
 QUICK = ("--gate", "off", "--threads", 1)
@@ -108,6 +108,7 @@ def test_the_choices_are_the_exporters() -> None:
         (["--override", "no.such.*=int8"], 2, "UsageError", "matches no tensor"),
         (["--context", "100000"], 2, "UsageError", "--context"),
         (["--tokenizer", "no/such/file"], 2, "UsageError", "--tokenizer"),
+        (["--gate-text", "no/such/file"], 2, "UsageError", "--gate-text"),
         (["--max-ram", "1MiB"], 1, "MemoryLimitExceeded", "--max-ram"),
     ],
 )

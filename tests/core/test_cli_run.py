@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_mmllm_runtime.answer import Answer, AnswerSettings, answer
-from edge_mmllm_runtime.chat import Conversation, chat
 
 import edge_mmllm
 from edge_mmllm.cli.chat import interruptible
 from edge_mmllm.errors import EdgeError, UsageError
+from edge_mmllm_runtime.answer import Answer, AnswerSettings, answer
+from edge_mmllm_runtime.chat import Conversation, chat
 
 SHORT = ("--max-new-tokens", 12)
 

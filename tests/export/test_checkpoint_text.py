@@ -16,11 +16,11 @@ from checkpoint_files import (
     gguf_string,
     write_vocabulary_gguf,
 )
-from edge_mmllm_export.checkpoints import TextAssets, open_checkpoint, pretokenizers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint
+from edge_mmllm_export.checkpoints import TextAssets, open_checkpoint, pretokenizers
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "goldens" / "tokenizers.json").read_text()

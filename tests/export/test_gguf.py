@@ -19,11 +19,11 @@ from checkpoint_files import (
     gguf_string,
     gguf_tensor,
 )
-from edge_mmllm_export.checkpoints import open_checkpoint
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, UsageError
+from edge_mmllm_export.checkpoints import open_checkpoint
 
 RNG = np.random.default_rng(0)
 PLAIN = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_files import View, gguf_bytes, gguf_tensor, state_pickle, write_torch_zip
-from edge_mmllm_export.checkpoints import open_checkpoint
 from safetensors.numpy import save_file
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, MissingDependency
+from edge_mmllm_export.checkpoints import open_checkpoint
 
 VALUES = np.arange(4, dtype=np.float32)
 

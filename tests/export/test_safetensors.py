@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_files import bf16_bytes, entry, safetensors_bytes
-from edge_mmllm_export.checkpoints import open_checkpoint
-from edge_mmllm_export.checkpoints.safetensors import SafetensorsFile
 from safetensors.numpy import save_file
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, TensorMismatch, UsageError
+from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.checkpoints.safetensors import SafetensorsFile
 
 RNG = np.random.default_rng(0)
 

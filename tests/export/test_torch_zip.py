@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_files import View, bf16_bytes, state_pickle, tensor_pickle, write_torch_zip
-from edge_mmllm_export.checkpoints import open_checkpoint
-from edge_mmllm_export.checkpoints.files import WeightFile
 from numpy.lib.stride_tricks import as_strided
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint
+from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.checkpoints.files import WeightFile
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((600, 40)).astype(np.float32)

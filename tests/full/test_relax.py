@@ -15,15 +15,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from edge_mmllm.errors import ContextFull
+from edge_mmllm.spec import CAPACITY, StateSpec
 from edge_mmllm_export.checkpoints import TensorInfo, open_checkpoint
 from edge_mmllm_export.models import build
 from edge_mmllm_export.ops.base import Architecture, Attention
 from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.weights import Parameter, Source, Weight, bind
-from numpy.typing import NDArray
-
-from edge_mmllm.errors import ContextFull
-from edge_mmllm.spec import CAPACITY, StateSpec
 
 pytestmark = pytest.mark.full
 tvm = pytest.importorskip(

@@ -23,8 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "export"), str(ROOT / "tests" / "export")]
 
 import llama_cpp  # noqa: E402
 from checkpoint_files import write_vocabulary_gguf  # noqa: E402
-from edge_mmllm_export.checkpoints import pretokenizers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from edge_mmllm_export.checkpoints import pretokenizers  # noqa: E402
 
 TARGET = ROOT / "tests" / "export" / "goldens" / "tokenizers.json"
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toys
-from edge_mmllm_runtime import context as context_module
-from edge_mmllm_runtime.snapshot import Snapshot
 
 from edge_mmllm.errors import (
     Cancelled,
@@ -19,6 +17,8 @@ from edge_mmllm.errors import (
     StateMismatch,
     UsageError,
 )
+from edge_mmllm_runtime import context as context_module
+from edge_mmllm_runtime.snapshot import Snapshot
 
 IDS = np.random.default_rng(1).integers(0, toys.VOCAB, 100)
 MODELS = {

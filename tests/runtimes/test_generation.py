@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toys
-from edge_mmllm_runtime.sampling import Sampling
 
 from edge_mmllm.errors import Cancelled, ContextFull, SessionClosed, UsageError
+from edge_mmllm_runtime.sampling import Sampling
 
 PROMPT = "Once upon a time"
 IDS = list(PROMPT.encode())

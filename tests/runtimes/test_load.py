@@ -8,13 +8,12 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import edge_mmllm_runtime
 import numpy as np
 import pytest
 import toys
-from edge_mmllm_runtime import prepacked
 
 import edge_mmllm
+import edge_mmllm_runtime
 from edge_mmllm.errors import (
     CorruptBundle,
     MissingDependency,
@@ -23,6 +22,7 @@ from edge_mmllm.errors import (
     UnsupportedBundle,
     UsageError,
 )
+from edge_mmllm_runtime import prepacked
 
 IDS = list(range(40))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edge_mmllm_runtime.sampling import Sampler, Sampling, largest
 
 from edge_mmllm.errors import SessionError, UsageError
+from edge_mmllm_runtime.sampling import Sampler, Sampling, largest
 
 RNG = np.random.default_rng(0)
 LOGITS = (RNG.standard_normal(5000) * 3).astype(np.float32)

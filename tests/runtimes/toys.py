@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from edge_mmllm_runtime.onnx import OnnxEngine
-from edge_mmllm_runtime.session import Session
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -23,6 +21,8 @@ from edge_mmllm.bundle import (
     source_hash,
 )
 from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec, TextSpec
+from edge_mmllm_runtime.onnx import OnnxEngine
+from edge_mmllm_runtime.session import Session
 
 Float32 = NDArray[np.float32]
 VOCAB, HIDDEN = 256, 32
