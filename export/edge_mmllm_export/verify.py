@@ -38,21 +38,25 @@ class Thresholds:
 
     Set at about twice the worst that a sound export was seen to give (benchmarks/quality.py):
     int8 0.008 nats (SmolLM2), int4 in blocks of 32 0.16 (tiny-mamba2) to 0.51 (SmolLM2-135M,
-    whose published weights are themselves 4-bit). An export with a wrong scale, order or kernel
-    gives several nats.
+    whose published weights are themselves 4-bit).
+
+    `kl_mean_of_engine` compares the engine with the oracle on the weights as stored: whatever
+    rounding costs, a wrong scale, order or kernel, even in one layer, shows here. Sound exports
+    give 0.007 nats at most, from the int8 activations of MatMulNBits.
     """
 
     kl_mean: float
     kl_p99: float
     top1_agreement_clear: float
     perplexity_change: float
+    kl_mean_of_engine: float
 
 
 THRESHOLDS = {
-    "f32": Thresholds(1e-5, 1e-4, 1.0, 1e-3),
-    "f16": Thresholds(1e-3, 1e-2, 0.99, 5e-3),
-    "int8": Thresholds(0.02, 0.15, 0.97, 0.03),
-    "int4": Thresholds(0.8, 4.0, 0.65, 0.6),
+    "f32": Thresholds(1e-5, 1e-4, 1.0, 1e-3, 1e-5),
+    "f16": Thresholds(1e-3, 1e-2, 0.99, 5e-3, 1e-5),
+    "int8": Thresholds(0.02, 0.15, 0.97, 0.03, 0.03),
+    "int4": Thresholds(0.8, 4.0, 0.65, 0.6, 0.03),
 }
 
 
@@ -168,13 +172,13 @@ def run(request: Request) -> dict[str, Any]:
     targets = np.append(ids[1:], -1)
     figures: dict[str, Any] = divergence(reference, candidate, targets).figures()
     scheme = plan_scheme(request.plan)
+    # Whose doing: the numbers stored, or what the engine makes of them?
+    exact = reference
+    if scheme != "f32":
+        exact = Oracle(model, as_stored(bind_weights(request.plan.of))).forward(ids)
+    figures["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
+    figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     broken = breaches(figures, thresholds(scheme))
-    if broken:
-        # Whose fault: the numbers stored, or what the engine makes of them?
-        stored = as_stored(bind_weights(request.plan.of))
-        exact = Oracle(model, stored).forward(ids)
-        figures["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
-        figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     _write_golden(Path(request.bundle) / "golden.npz", ids, candidate)
     figures |= {"text": text, "scheme": scheme, "breaches": broken}
     return {**figures, "peak_rss_bytes": peak_rss_bytes()}
