@@ -69,7 +69,7 @@ def test_a_bundles_tensors(cli: Callable[..., Any], base_bundle: Path) -> None:
     told = cli("inspect", base_bundle, "--tensors", "--json").json
     stored = sum(t["size_bytes"] for t in told["tensors"])
     groups = sum(g["size_bytes"] for g in told["manifest"]["quantization"]["groups"])
-    assert stored == pytest.approx(groups, rel=0.1)
+    assert stored == pytest.approx(groups, rel=0.15)
     assert not [t for t in told["tensors"] if "=" in t["name"]]
 
 

@@ -24,6 +24,8 @@ ONNX_TOLERANCE = 1e-4
 CHUNK_TOLERANCE = 2e-5
 VOCAB = 96
 LONG = np.random.default_rng(7).integers(0, VOCAB, 100)
+VERY_LONG = np.random.default_rng(8).integers(0, VOCAB, 1024)
+RECURRENT = [n for n in NAMES if "mamba" in n]
 
 
 def test_every_architecture_has_a_reference():
@@ -38,7 +40,7 @@ def test_oracle_equals_transformers(name):
     np.testing.assert_allclose(oracle_logits(name), expected, rtol=0, atol=ORACLE_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("mamba")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in RECURRENT])
 def test_config_of_transformers_4(name, tmp_path):
     shutil.copy(FOLDER / name / "model.safetensors", tmp_path)
     shutil.copy(FOLDER / name / "config.transformers4.json", tmp_path / "config.json")
@@ -58,7 +60,7 @@ def test_onnx_equals_oracle(name, inputs, exports):
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba2"])
+@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2"])
 def test_embeddings_as_input(name, exports):
     ids, _ = golden(name)
     loaded, exported = exports(name, inputs="embeds")
@@ -94,6 +96,20 @@ def test_onnx_whole_equals_chunked(name, chunk, exports):
     whole = exported.logits(LONG)
     with exported.session(chunk=chunk) as session:
         _assert_close(session.prefill(LONG, logits="all"), whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64, 511])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_long_text_in_pieces(name, chunk, exports):
+    """Errors of a recurrent state would add up."""
+    _, exported = exports(name)
+    with exported.session() as whole, exported.session(chunk=chunk) as session:
+        expected = whole.prefill(VERY_LONG, logits="all")
+        _assert_close(session.prefill(VERY_LONG, logits="all"), expected)
+        if chunk == 1:
+            session.reset()
+            stepwise = np.stack([session.decode(int(i)) for i in VERY_LONG])
+            _assert_close(stepwise, expected)
 
 
 @pytest.mark.parametrize("inputs", ["ids", "embeds"])
@@ -140,11 +156,11 @@ def test_state_bytes(name, exports):
         session.prefill(LONG[:10])
         ten = session.state_bytes
         session.prefill(LONG[:30])
-        assert session.state_bytes == (ten if name.startswith("mamba") else 4 * ten)
+        assert session.state_bytes == (ten if name in RECURRENT else 4 * ten)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"), [("llama4", "llama"), ("mamba", "mamba2"), ("qwen2_moe", "qwen2")]
+    ("wrong", "near"), [("llama4", "llama"), ("mamba3", "mamba"), ("qwen2_moe", "qwen2")]
 )
 def test_unknown_architecture_names_the_nearest(wrong, near, tmp_path):
     _copy(tmp_path, "llama", model_type=wrong)
@@ -179,14 +195,14 @@ def test_head_sizes_that_the_kernel_does_not_take(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (DATA / "zoo" / "tiny-mamba2").is_dir(),
-    reason=f"the zoo's tiny-mamba2 is not in {DATA} (set EDGE_MMLLM_DATA)",
+    not (DATA / "zoo").is_dir(), reason=f"the zoo is not in {DATA} (set EDGE_MMLLM_DATA)"
 )
-def test_zoo_mamba2(tmp_path):
+@pytest.mark.parametrize("name", ["tiny-mamba", "tiny-mamba2"])
+def test_zoo(name, tmp_path):
     """A trained model: logits of transformers 5, and 32 greedy tokens through ONNX f32."""
-    loaded = load(DATA / "zoo" / "tiny-mamba2")
+    loaded = load(DATA / "zoo" / name)
     exported = references.export(loaded, tmp_path)
-    with np.load(DATA / "zoo" / "tiny-mamba2" / "golden.npz") as data:
+    with np.load(DATA / "zoo" / name / "golden.npz") as data:
         for i in range(4):
             ids, expected = data[f"input_ids_{i}"].astype(np.int64), data[f"logits_{i}"]
             oracle = loaded.oracle().forward(ids, np.array([len(ids) - 1]))[0]

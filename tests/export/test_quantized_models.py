@@ -3,7 +3,8 @@
 A bundle's matmuls quantize their activations to int8 (`accuracy_level` 4), which hides small
 packing errors. So each graph is judged twice: with float activations (level 1, set here), where
 it must equal the oracle on the stored weights as closely as float32 does; and as shipped, by the
-divergence that int8 activations may cost (0.004 nats seen, stored int4 weights alone cost 0.2).
+divergence that int8 activations may cost (0.004 nats seen, stored int4 weights alone cost 0.2;
+in Mamba-1, where two products follow each other inside a layer, up to 0.015).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from edge_mmllm_runtime.divergence import divergence
 
 EXACT = 2e-4
 KL_MEAN, KL_P99 = 0.01, 0.06
+#: Times as much where x_proj, dt_proj and an exponential follow each other.
+CHAINED = 3
 
 PLANS = {
     "f16": QuantPlan("f16"),
@@ -76,8 +79,9 @@ def _judge(name, plan, exports, inputs="ids"):
     exact = _float_activations(exported).logits(ids)
     np.testing.assert_allclose(exact, expected, rtol=0, atol=EXACT)
     shipped = divergence(expected, exported.logits(ids))
-    assert shipped.kl_mean <= KL_MEAN
-    assert shipped.kl_p99 <= KL_P99
+    factor = CHAINED if name in ("mamba", "mamba-bias", "falcon-mamba") else 1
+    assert shipped.kl_mean <= KL_MEAN * factor
+    assert shipped.kl_p99 <= KL_P99 * factor
     assert shipped.top1_agreement_clear == 1.0
 
 
@@ -91,7 +95,9 @@ def test_schemes(name, plan, exports):
 
 
 @pytest.mark.parametrize("plan", BLOCKS)
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "mamba2", "mamba2-groups"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-bias", "qwen2", "mamba", "mamba-bias", "mamba2", "mamba2-groups"]
+)
 def test_blocks_zeros_and_overrides(name, plan, exports):
     _judge(name, BLOCKS[plan], exports)
 

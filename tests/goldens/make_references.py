@@ -58,6 +58,19 @@ MAMBA2 = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+#: dt_rank 3 and d_state 8: x_proj's parts have different widths, none a power of two times 16.
+MAMBA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "expand": 2,
+    "conv_kernel": 4,
+    "time_step_rank": "auto",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -78,8 +91,9 @@ class Reference:
     dtype: torch.dtype = torch.bfloat16
 
     def config(self) -> Any:
-        base = MAMBA2 if self.family == "Mamba2" else TRANSFORMER
-        return getattr(transformers, f"{self.family}Config")(**(base | self.changes))
+        base = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": MAMBA2}
+        config = base.get(self.family, TRANSFORMER) | self.changes
+        return getattr(transformers, f"{self.family}Config")(**config)
 
 
 REFERENCES = {
@@ -120,6 +134,19 @@ REFERENCES = {
         "Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     ),
     "olmo2": Reference("Olmo2", {"num_key_value_heads": 3}),
+    "mamba": Reference("Mamba", {"tie_word_embeddings": True}),
+    "mamba-bias": Reference(
+        "Mamba",
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "conv_kernel": 3,
+            "state_size": 5,
+            "time_step_rank": 7,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-mamba": Reference("FalconMamba", {"mixer_rms_eps": 0.02, "tie_word_embeddings": False}),
     "mamba2": Reference("Mamba2", {"n_groups": 1, "tie_word_embeddings": True}, torch.float32),
     "mamba2-groups": Reference(
         "Mamba2", {"n_groups": 2, "use_bias": True, "tie_word_embeddings": False}
@@ -143,7 +170,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         last = name.rsplit(".", 1)[-1]
         if last == "A_log":
             value = torch.log(1 + 7 * torch.rand(p.shape, generator=generator))
-        elif last == "dt_bias":
+        elif last == "dt_bias" or name.endswith("dt_proj.bias"):
             value = -2 + noise
         elif last == "D" or (p.ndim == 1 and last == "weight"):
             value = 1 + 0.3 * noise

@@ -7,6 +7,7 @@ import importlib
 
 from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Checkpoint
+from edge_mmllm_export.models import state_spaces
 from edge_mmllm_export.ops.base import Architecture
 
 #: `model_type` of config.json, or `general.architecture` of GGUF -> module:class.
@@ -16,7 +17,9 @@ ARCHITECTURES = {
     "qwen2": "llama:Llama",
     "qwen3": "llama:Llama",
     "olmo2": "llama:Llama",
+    "mamba": "mamba:Mamba",
     "mamba2": "mamba2:Mamba2",
+    "falcon_mamba": "falcon_mamba:FalconMamba",
 }
 
 
@@ -24,6 +27,7 @@ def architecture_name(checkpoint: Checkpoint) -> str:
     """What the checkpoint calls itself. Raises: CheckpointError."""
     config = checkpoint.config
     name = config.get("general.architecture" if checkpoint.layout == "gguf" else "model_type")
+    name = name or state_spaces.architecture(config)
     if not isinstance(name, str):
         raise CheckpointError(
             "the checkpoint does not say what architecture it is",

@@ -12,12 +12,13 @@ from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
+from edge_mmllm.errors import CheckpointError
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, Layout
+from edge_mmllm_export.models import state_spaces
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.mamba import config_file, minus_exp
 from edge_mmllm_export.ops.base import Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -26,7 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mamba2Config:
-    """Sizes in the paper's terms: d_inner = heads * head_dim, d_state = N, groups = G."""
+    """Sizes in the paper's terms: d_inner = heads * head_dim, d_state = N, groups = G.
+
+    Attributes:
+        embedding: the checkpoint's name of the embedding.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +46,7 @@ class Mamba2Config:
     conv_bias: bool = True
     bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    embedding: str = state_spaces.HUB_EMBEDDING
 
     @property
     def d_inner(self) -> int:
@@ -64,54 +70,23 @@ class Mamba2:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, context: int | None = None) -> Mamba2:
-        """Read the hub config. `context` is for transformers; a Mamba has no limit.
+        """Read the hub's config or state-spaces' own. `context` is for transformers; a Mamba has
+        no limit.
 
         Raises: CheckpointError.
         """
-        if checkpoint.layout != "hub":
-            raise UnsupportedArchitecture(
-                f"mamba2 from a {checkpoint.layout} checkpoint has no weight map here",
-                where=str(checkpoint.source),
-                expected="the hub layout (config.json and safetensors)",
-            )
-        where = f"{checkpoint.source}, config.json"
-        f = Fields(checkpoint.config, where)
-        hidden = f.size("hidden_size")
-        heads, head_dim = f.size("num_heads"), f.size("head_dim")
-        if heads * head_dim != int(f.number("expand", 2) * hidden):
+        where = config_file(checkpoint, cls.name)
+        if state_spaces.architecture(checkpoint.config) is not None:
+            config = _original(*state_spaces.fields(checkpoint.config, where))
+        else:
+            config = _hub(Fields(checkpoint.config, where))
+        if config.heads % config.groups:
             raise CheckpointError(
-                "the config's sizes do not fit together",
+                "the config's number of groups does not divide that of heads",
                 where=where,
-                expected=f"num_heads * head_dim = expand * hidden_size = {2 * hidden}",
-                found=f"{heads} * {head_dim}",
+                found=f"{config.heads} heads, {config.groups} groups",
             )
-        f.one_of("hidden_act", ("silu", "swish"), "silu")
-        if not f.flag("rms_norm", True):
-            raise UnsupportedArchitecture("mamba2 without its gated norm", where=where)
-        groups = f.size("n_groups", 8)
-        if heads % groups:
-            raise CheckpointError(
-                "the config's n_groups does not divide num_heads",
-                where=where,
-                found=f"{heads} heads, {groups} groups",
-            )
-        return cls(
-            Mamba2Config(
-                vocab_size=f.size("vocab_size"),
-                hidden_size=hidden,
-                layers=f.size("num_hidden_layers", limit=MAX_LAYERS),
-                heads=heads,
-                head_dim=head_dim,
-                d_state=f.size("state_size"),
-                groups=groups,
-                conv_kernel=f.size("conv_kernel", 4, least=2, limit=64),
-                norm_eps=f.number("layer_norm_epsilon", 1e-5),
-                tied=f.flag("tie_word_embeddings", False),
-                conv_bias=f.flag("use_conv_bias", True),
-                bias=f.flag("use_bias", False),
-                time_step_limit=_time_step_limit(f),
-            )
-        )
+        return cls(config)
 
     def parameters(self) -> list[Parameter]:
         c = self.config
@@ -147,7 +122,7 @@ class Mamba2:
         ends = np.cumsum([0, c.d_inner, c.d_conv, c.heads]).tolist()
         parts = dict(zip(("z", "xBC", "dt"), pairwise(ends), strict=True))
         out = {
-            "embed": Source("backbone.embeddings.weight"),
+            "embed": Source(c.embedding),
             "norm": Source("backbone.norm_f.weight"),
             "head": Source("lm_head.weight"),
         }
@@ -159,7 +134,7 @@ class Mamba2:
                 f"{ours}.conv": Source(f"{mixer}.conv1d.weight"),
                 f"{ours}.conv_bias": Source(f"{mixer}.conv1d.bias"),
                 f"{ours}.dt_bias": Source(f"{mixer}.dt_bias"),
-                f"{ours}.A": Source(f"{mixer}.A_log", apply=_minus_exp),
+                f"{ours}.A": Source(f"{mixer}.A_log", apply=minus_exp),
                 f"{ours}.D": Source(f"{mixer}.D"),
                 f"{ours}.norm_gated": Source(f"{mixer}.norm.weight"),
                 f"{ours}.out": Source(f"{mixer}.out_proj.weight"),
@@ -202,14 +177,16 @@ class Mamba2:
         """h `(seq, hidden)` -> `(seq, hidden)`."""
         c, p = self.config, f"layers.{i}"
         names = ("z", "xBC", "dt")
-        bias = tuple(w[f"{p}.in.{n}_bias"] for n in names) if c.bias else ()
+        # The time step's bias goes into the projection, unless that has one of its own.
+        dt_bias = w[f"{p}.dt_bias"]
+        bias = tuple(w[f"{p}.in.{n}_bias"] for n in names) if c.bias else (None, None, dt_bias)
         z, xbc, dt = op.linear(h, *(w[f"{p}.in.{n}"] for n in names), bias=bias)
         conv_state, ssm_state = self.states()[2 * i : 2 * i + 2]
         conv_bias = w[f"{p}.conv_bias"] if c.conv_bias else None
         xbc = op.causal_conv(xbc, w[f"{p}.conv"], conv_bias, conv_state, silu=True)
         width = c.groups * c.d_state
         x, b, c_ = op.split(xbc, (c.d_inner, width, width))
-        dt = op.time_step(dt, w[f"{p}.dt_bias"], c.time_step_limit)
+        dt = op.time_step(dt, dt_bias if c.bias else None, c.time_step_limit)
         y = op.gated_linear_attention(c_, b, x, dt, w[f"{p}.A"], ssm_state, groups=c.groups)
         y = op.add(y, op.head_scale(x, w[f"{p}.D"]))
         y = op.glu(z, y, "silu")
@@ -217,10 +194,78 @@ class Mamba2:
         return op.linear(y, w[f"{p}.out"], bias=(w[f"{p}.out_bias"],) if c.bias else ())[0]
 
 
-def _time_step_limit(f: Fields) -> tuple[float, float]:
+def _hub(f: Fields) -> Mamba2Config:
+    """The config that transformers writes. Raises: CheckpointError."""
+    hidden = f.size("hidden_size")
+    heads, head_dim = f.size("num_heads"), f.size("head_dim")
+    _check_width(f, "num_heads * head_dim", heads * head_dim, int(f.number("expand", 2) * hidden))
+    f.one_of("hidden_act", ("silu", "swish"), "silu")
+    state_spaces.refuse(f.where, rms_norm=(f.flag("rms_norm", True), True))
+    return Mamba2Config(
+        vocab_size=f.size("vocab_size"),
+        hidden_size=hidden,
+        layers=f.size("num_hidden_layers", limit=MAX_LAYERS),
+        heads=heads,
+        head_dim=head_dim,
+        d_state=f.size("state_size"),
+        groups=f.size("n_groups", 8),
+        conv_kernel=f.size("conv_kernel", 4, least=2, limit=64),
+        norm_eps=f.number("layer_norm_epsilon", 1e-5),
+        tied=f.flag("tie_word_embeddings", False),
+        conv_bias=f.flag("use_conv_bias", True),
+        bias=f.flag("use_bias", False),
+        time_step_limit=_limit(f, "time_step_limit"),
+    )
+
+
+def _original(model: Fields, mixer: Fields) -> Mamba2Config:
+    """state-spaces' config; what it leaves out is the default of `Mamba2.__init__` there.
+
+    Raises: CheckpointError.
+    """
+    hidden, head_dim = model.size("d_model"), mixer.size("headdim", 64)
+    d_inner = int(mixer.number("expand", 2) * hidden)
+    state_spaces.refuse(
+        mixer.where,
+        d_ssm=(mixer.get("d_ssm", d_inner), d_inner),
+        D_has_hdim=(mixer.get("D_has_hdim", False), False),
+        rmsnorm=(mixer.get("rmsnorm", True), True),
+        norm_before_gate=(mixer.get("norm_before_gate", False), False),
+    )
+    heads = d_inner // head_dim
+    _check_width(mixer, "heads * headdim", heads * head_dim, d_inner)
+    return Mamba2Config(
+        vocab_size=state_spaces.vocab_size(model),
+        hidden_size=hidden,
+        layers=model.size("n_layer", limit=MAX_LAYERS),
+        heads=heads,
+        head_dim=head_dim,
+        d_state=mixer.size("d_state", 128),
+        groups=mixer.size("ngroups", 1),
+        conv_kernel=mixer.size("d_conv", 4, least=2, limit=64),
+        norm_eps=state_spaces.NORM_EPS,
+        tied=model.flag("tie_embeddings", True),
+        conv_bias=mixer.flag("conv_bias", True),
+        bias=mixer.flag("bias", False),
+        time_step_limit=_limit(mixer, "dt_limit"),
+        embedding=state_spaces.ORIGINAL_EMBEDDING,
+    )
+
+
+def _check_width(f: Fields, name: str, found: int, d_inner: int) -> None:
+    if found != d_inner:
+        raise CheckpointError(
+            "the config's sizes do not fit together",
+            where=f.where,
+            expected=f"{name} = expand * width = {d_inner}",
+            found=str(found),
+        )
+
+
+def _limit(f: Fields, key: str) -> tuple[float, float]:
     """`[low, high]`; infinity is a bare `Infinity`, or `{"__float__": "Infinity"}` since
     transformers 5 writes strict JSON. Raises: CheckpointError."""
-    values = f.get("time_step_limit", [0.0, float("inf")])
+    values = f.get(key, [0.0, float("inf")])
     if isinstance(values, list) and len(values) == 2:
         plain = [v.get("__float__") if isinstance(v, dict) else v for v in values]
         try:
@@ -230,12 +275,8 @@ def _time_step_limit(f: Fields) -> tuple[float, float]:
         if low <= high:
             return low, high
     raise CheckpointError(
-        "the config's 'time_step_limit' cannot be used",
+        f"the config's {key!r} cannot be used",
         where=f.where,
         expected="two numbers, the smaller first",
         found=str(values)[:80],
     )
-
-
-def _minus_exp(a_log: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(-np.exp(a_log), np.float32)

@@ -80,7 +80,7 @@ class Ops(Protocol[T]):
         """The rows of `(seq, width)` that the caller wants logits for: `(rows, width)`."""
         ...
 
-    def linear(self, x: T, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[T, ...]:
+    def linear(self, x: T, *w: Weight, bias: tuple[Weight | None, ...] = ()) -> tuple[T, ...]:
         """`x @ w.T + bias` for each weight; several are fused where their schemes agree."""
         ...
 
@@ -89,6 +89,10 @@ class Ops(Protocol[T]):
     ) -> T:
         """RMS norm over the last axis (over each of `groups` equal parts); with `bias`, a
         layer norm (mean removed)."""
+        ...
+
+    def unit_rms(self, x: T, *, eps: float) -> T:
+        """RMS norm over the last axis without a weight."""
         ...
 
     def add_norm(self, x: T, delta: T | None, weight: Weight, *, eps: float) -> tuple[T, T]:
@@ -127,8 +131,21 @@ class Ops(Protocol[T]):
         `(1, width - 1, C)`: the last inputs, oldest first."""
         ...
 
-    def time_step(self, dt: T, bias: Weight, limit: tuple[float, float]) -> T:
-        """`clamp(softplus(dt + bias), limit)`, `(seq, heads)`."""
+    def time_step(self, dt: T, bias: Weight | None, limit: tuple[float, float]) -> T:
+        """`clamp(softplus(dt + bias), limit)`, `(seq, heads)`; `bias` None where `linear` has
+        added it, which is faster."""
+        ...
+
+    def selective_scan(
+        self, x: T, dt: T, b: T, c: T, decay: Weight, skip: Weight, state: StateSpec
+    ) -> T:
+        """`S_t = exp(dt_t * decay) S_{t-1} + (dt_t x_t) b_t'`, `y_t = S_t c_t + skip x_t`.
+
+        x and dt `(seq, d_inner)`, b and c `(seq, d_state)`, decay `(d_inner, d_state)`
+        (negative), skip `(d_inner,)`; the state is kept transposed, `(1, d_state, d_inner)`, so
+        that every product runs along the long axis. Returns `(seq, d_inner)`.
+        Source: Mamba, arXiv 2312.00752, algorithm 2.
+        """
         ...
 
     def gated_linear_attention(

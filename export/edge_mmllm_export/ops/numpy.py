@@ -62,7 +62,9 @@ class NumpyOps:
             self.cache[w.name] = w.rows()
         return self.cache[w.name]
 
-    def linear(self, x: Array, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[Array, ...]:
+    def linear(
+        self, x: Array, *w: Weight, bias: tuple[Weight | None, ...] = ()
+    ) -> tuple[Array, ...]:
         outputs = []
         for i, weight in enumerate(w):
             y = np.empty((x.shape[0], weight.shape[0]), np.float32)
@@ -71,7 +73,8 @@ class NumpyOps:
             else:
                 for start, stop, tile in weight.tiles():
                     y[:, start:stop] = x @ tile.T
-            outputs.append(y + bias[i].values if bias else y)
+            own = bias[i] if bias else None
+            outputs.append(y if own is None else y + own.values)
         return tuple(outputs)
 
     def norm(
@@ -89,6 +92,10 @@ class NumpyOps:
         mean_square = np.mean(parts * parts, axis=-1, keepdims=True)
         y: Array = (parts / np.sqrt(mean_square + np.float32(eps))).reshape(x.shape) * weight.values
         return y if bias is None else y + bias.values
+
+    def unit_rms(self, x: Array, *, eps: float) -> Array:
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        return np.asarray(x / np.sqrt(mean_square + np.float32(eps)), np.float32)
 
     def add_norm(
         self, x: Array, delta: Array | None, weight: Weight, *, eps: float
@@ -180,9 +187,28 @@ class NumpyOps:
         y = np.asarray(y if bias is None else y + bias.values, np.float32)
         return self.activation(y, "silu") if silu else y
 
-    def time_step(self, dt: Array, bias: Weight, limit: tuple[float, float]) -> Array:
-        softplus = np.logaddexp(dt + bias.values, np.float32(0))
+    def time_step(self, dt: Array, bias: Weight | None, limit: tuple[float, float]) -> Array:
+        softplus = np.logaddexp(dt if bias is None else dt + bias.values, np.float32(0))
         return np.asarray(np.clip(softplus, limit[0], limit[1]), np.float32)
+
+    def selective_scan(
+        self,
+        x: Array,
+        dt: Array,
+        b: Array,
+        c: Array,
+        decay: Weight,
+        skip: Weight,
+        state: StateSpec,
+    ) -> Array:
+        s = self.states[state.name][0]
+        rates, inputs = decay.values.T, dt * x
+        y = skip.values * x
+        for t in range(x.shape[0]):
+            s = np.exp(dt[t] * rates) * s + b[t][:, None] * inputs[t]
+            y[t] += c[t] @ s
+        self.states[state.name] = s[None]
+        return np.asarray(y, np.float32)
 
     def gated_linear_attention(
         self,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.ops import onnx_mamba
 from edge_mmllm_export.ops.base import Activation, Attention
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
@@ -243,7 +244,9 @@ class OnnxOps:
     def logit_rows(self, x: Value) -> Value:
         return Value(self.graph.node("Gather", [self._use(x), "logit_rows"], axis=1)[0], x.width)
 
-    def linear(self, x: Value, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[Value, ...]:
+    def linear(
+        self, x: Value, *w: Weight, bias: tuple[Weight | None, ...] = ()
+    ) -> tuple[Value, ...]:
         """MatMulNBits (int8 activations: accuracy_level 4; level 1 is 4 times slower at 4 bits
         and 300 times at 8), or a float32 product with the weight as it is stored, `(N, K)`."""
         quantized = w[0].scheme.quantized and w[0].scheme.zero != "float"
@@ -258,13 +261,13 @@ class OnnxOps:
             outputs.append(Value(name, v.shape[0]))
         return tuple(outputs)
 
-    def _matmul_nbits(self, x: Value, w: Sequence[Weight], bias: Sequence[Weight]) -> str:
+    def _matmul_nbits(self, x: Value, w: Sequence[Weight], bias: Sequence[Weight | None]) -> str:
         scheme = w[0].scheme
         names = self._blocks(w)
         inputs = [self._use(x), *names]
-        if bias:
+        if any(bias):
             inputs += [""] * (5 - len(inputs))
-            inputs.append(self._joined(bias))
+            inputs.append(self._joined(bias, w))
         return self.graph.microsoft(
             "MatMulNBits",
             inputs,
@@ -275,19 +278,23 @@ class OnnxOps:
             accuracy_level=4,
         )[0]
 
-    def _joined(self, vectors: Sequence[Weight]) -> str:
-        """Several vectors, one after another, as one initializer."""
-        if len(vectors) == 1:
-            return self._vector(vectors[0])
-        name = "+".join(v.name for v in vectors)
+    def _joined(self, bias: Sequence[Weight | None], w: Sequence[Weight]) -> str:
+        """The biases of several matrices, one after another, as one initializer."""
+        if len(bias) == 1 and bias[0] is not None:
+            return self._vector(bias[0])
+        name = "+".join(f"{v.name}.bias" for v in w)
         if not self.graph.has(name):
-            values = np.concatenate([v.values for v in vectors])
+            parts = [
+                np.zeros(v.shape[0], np.float32) if own is None else own.values
+                for own, v in zip(bias, w, strict=True)
+            ]
+            values = np.concatenate(parts)
             offset = self.graph.external(name, "float32", values.shape)
             self.graph.data.write(offset, values)
-            self._progress(values.size)
+            self._progress(sum(own.size for own in bias if own is not None))
         return name
 
-    def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight]) -> str:
+    def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight | None]) -> str:
         g, name = self.graph, self._floats(w)
         if w.scheme.bits == 16:
             # Folded once at load: f16 on disk, float32 arithmetic.
@@ -295,7 +302,8 @@ class OnnxOps:
             name = cast if cast in self.written else g.node("Cast", [name], [cast], to=1)[0]
             self.written.add(cast)
         y = g.microsoft("FusedMatMul", [self._use(x), name], transB=1)[0]
-        return g.node("Add", [y, self._vector(bias[0])])[0] if bias else y
+        own = bias[0] if bias else None
+        return y if own is None else g.node("Add", [y, self._vector(own)])[0]
 
     def norm(
         self,
@@ -315,13 +323,22 @@ class OnnxOps:
             return Value(g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0], x.width)
         # Normalize each group with a weight of ones, then scale the whole width.
         width = x.width // groups
-        ones = f"ones.{width}"
-        if not g.has(ones):
-            g.data.write(g.external(ones, "float32", (width,)), np.ones(width, np.float32))
         parts = g.node("Reshape", [name, g.ints(0, 0, groups, width)])[0]
-        normed = g.node("SimplifiedLayerNormalization", [parts, ones], epsilon=eps)[0]
+        inputs = [parts, self._ones(width)]
+        normed = g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         flat = g.node("Reshape", [normed, g.ints(0, 0, x.width)])[0]
         return Value(g.node("Mul", [flat, self._vector(weight)])[0], x.width)
+
+    def _ones(self, width: int) -> str:
+        g, name = self.graph, f"ones.{width}"
+        if not g.has(name):
+            g.data.write(g.external(name, "float32", (width,)), np.ones(width, np.float32))
+        return name
+
+    def unit_rms(self, x: Value, *, eps: float) -> Value:
+        inputs = [self._use(x), self._ones(x.width)]
+        name = self.graph.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
+        return Value(name, x.width)
 
     def add_norm(
         self, x: Value, delta: Value | None, weight: Weight, *, eps: float
@@ -460,35 +477,24 @@ class OnnxOps:
     def causal_conv(
         self, x: Value, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
     ) -> Value:
-        g = self.graph
-        kernel = f"{weight.name}.kernel"
-        if not g.has(kernel):
-            values = weight.values[:, None, :]
-            g.data.write(g.external(kernel, "float32", values.shape), values)
-            self._progress(weight.size)
-        name = g.fresh("conv")
-        g.microsoft(
-            "CausalConvWithState",
-            [
-                self._use(x),
-                kernel,
-                self._vector(bias) if bias is not None else "",
-                f"state.{state.name}",
-            ],
-            [name, f"next.{state.name}"],
-            channels_last=1,
-            activation="silu" if silu else "none",
-        )
+        name = onnx_mamba.causal_conv(self, self._use(x), weight, bias, state, silu=silu)
         return Value(name, x.width)
 
-    def time_step(self, dt: Value, bias: Weight, limit: tuple[float, float]) -> Value:
-        g = self.graph
-        name = g.node("Softplus", [g.node("Add", [self._use(dt), self._vector(bias)])[0]])[0]
-        if limit[0] > 0 or np.isfinite(limit[1]):
-            low = g.constant("low", np.asarray(limit[0], np.float32))
-            high = g.constant("high", np.asarray(limit[1], np.float32))
-            name = g.node("Clip", [name, low, high])[0]
-        return Value(name, dt.width)
+    def time_step(self, dt: Value, bias: Weight | None, limit: tuple[float, float]) -> Value:
+        return Value(onnx_mamba.time_step(self, self._use(dt), bias, limit), dt.width)
+
+    def selective_scan(
+        self,
+        x: Value,
+        dt: Value,
+        b: Value,
+        c: Value,
+        decay: Weight,
+        skip: Weight,
+        state: StateSpec,
+    ) -> Value:
+        names = self._use(x), self._use(dt), self._use(b), self._use(c)
+        return Value(onnx_mamba.selective_scan(self, *names, decay, skip, state), x.width)
 
     def gated_linear_attention(
         self,
@@ -501,46 +507,12 @@ class OnnxOps:
         *,
         groups: int,
     ) -> Value:
-        """LinearAttention with one log decay a head. It wants k for each head, so k is repeated
-        within its group; q is shared inside the kernel (inverse GQA) where there is one group."""
-        g = self.graph
-        _, heads, d_k, d_v = state.shape
-        log_decay = g.node("Mul", [self._use(dt), self._vector(decay)])[0]
-        v4 = g.node("Reshape", [self._use(v), g.ints(0, 0, heads, d_v)])[0]
-        dt4 = g.node("Unsqueeze", [self._use(dt), g.ints(3)])[0]
-        weighted = g.node("Mul", [v4, dt4])[0]
-        weighted = g.node("Reshape", [weighted, g.ints(0, 0, heads * d_v)])[0]
-
-        def repeated(x: Value) -> str:
-            name = self._use(x)
-            if groups == heads:
-                return name
-            share = heads // groups
-            split = g.node("Reshape", [name, g.ints(0, 0, groups, 1, d_k)])[0]
-            tiled = g.node("Expand", [split, g.constant("share", np.asarray([share, 1]))])[0]
-            return g.node("Reshape", [tiled, g.ints(0, 0, heads * d_k)])[0]
-
-        name = g.fresh("linear_attention")
-        g.microsoft(
-            "LinearAttention",
-            [repeated(q), repeated(k), weighted, f"state.{state.name}", log_decay],
-            [name, f"next.{state.name}"],
-            q_num_heads=heads,
-            kv_num_heads=heads,
-            update_rule="gated",
-            scale=1.0,
-        )
-        return Value(name, heads * d_v)
+        names = self._use(q), self._use(k), self._use(v), self._use(dt)
+        name = onnx_mamba.gated_linear_attention(self, *names, decay, state, groups=groups)
+        return Value(name, v.width)
 
     def head_scale(self, x: Value, weight: Weight) -> Value:
-        """Multiply by the weight repeated over each head's width (a constant)."""
-        g, heads = self.graph, weight.shape[0]
-        name = f"{weight.name}.wide"
-        if not g.has(name):
-            values = np.repeat(weight.values, x.width // heads)
-            g.data.write(g.external(name, "float32", values.shape), values)
-            self._progress(weight.size)
-        return Value(g.node("Mul", [self._use(x), name])[0], x.width)
+        return Value(onnx_mamba.head_scale(self, self._use(x), x.width, weight), x.width)
 
 
 def scheme_groups(weights: Sequence[Weight]) -> dict[tuple[str, Scheme], list[Weight]]:

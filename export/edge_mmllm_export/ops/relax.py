@@ -81,11 +81,14 @@ class RelaxOps:
             return x
         return self._emit(relax.op.take(x, self._wanted, axis=0, mode="nan"))
 
-    def linear(self, x: Value, *w: Weight, bias: tuple[Weight, ...] = ()) -> tuple[Value, ...]:
+    def linear(
+        self, x: Value, *w: Weight, bias: tuple[Weight | None, ...] = ()
+    ) -> tuple[Value, ...]:
         outputs = []
         for i, weight in enumerate(w):
             y = self._builder.emit_te(_matmul, x, self._of(weight), primfunc_name_hint="matmul")
-            outputs.append(self._emit(relax.op.add(y, self._of(bias[i]))) if bias else y)
+            own = bias[i] if bias else None
+            outputs.append(y if own is None else self._emit(relax.op.add(y, self._of(own))))
         return tuple(outputs)
 
     def norm(
@@ -102,13 +105,16 @@ class RelaxOps:
             return self._emit(relax.op.nn.layer_norm(x, scale, self._of(bias), -1, eps))
         if groups == 1:
             return self._emit(relax.op.nn.rms_norm(x, scale, axes=-1, epsilon=eps))
-        # Normalize each group with a weight of ones, then scale the whole width.
+        # Normalize each group without a weight, then scale the whole width.
         part = int(width) // groups
         parts = self._emit(relax.op.reshape(x, (seq * groups, part)))
-        ones = relax.const(np.ones(part, np.float32))
-        normed = self._emit(relax.op.nn.rms_norm(parts, ones, axes=-1, epsilon=eps))
+        normed = self.unit_rms(parts, eps=eps)
         flat = self._emit(relax.op.reshape(normed, (seq, width)))
         return self._emit(relax.op.multiply(flat, scale))
+
+    def unit_rms(self, x: Value, *, eps: float) -> Value:
+        ones = relax.const(np.ones(int(x.ty.shape[-1]), np.float32))
+        return self._emit(relax.op.nn.rms_norm(x, ones, axes=-1, epsilon=eps))
 
     def add_norm(
         self, x: Value, delta: Value | None, weight: Weight, *, eps: float
@@ -190,10 +196,30 @@ class RelaxOps:
             y = self._emit(relax.op.add(y, self._of(bias)))
         return self.activation(y, "silu") if silu else y
 
-    def time_step(self, dt: Value, bias: Weight, limit: tuple[float, float]) -> Value:
-        return self._builder.emit_te(
-            _time_step, dt, self._of(bias), limit, primfunc_name_hint="time_step"
+    def time_step(self, dt: Value, bias: Weight | None, limit: tuple[float, float]) -> Value:
+        if bias is not None:
+            dt = self._emit(relax.op.add(dt, self._of(bias)))
+        return self._builder.emit_te(_time_step, dt, limit, primfunc_name_hint="time_step")
+
+    def selective_scan(
+        self,
+        x: Value,
+        dt: Value,
+        b: Value,
+        c: Value,
+        decay: Weight,
+        skip: Weight,
+        state: StateSpec,
+    ) -> Value:
+        d_inner, d_state = decay.shape
+        y = self._in_place(
+            relax_kernels.selective_scan(d_inner, d_state),
+            "selective_scan",
+            [x, dt, b, c, self._of(decay)],
+            [state],
+            d_inner,
         )
+        return self.add(y, self._emit(relax.op.multiply(x, self._of(skip))))
 
     def gated_linear_attention(
         self,
@@ -244,11 +270,11 @@ def _rope(x: Any, inv_freq: Any, position: Any, heads: int, scale: float) -> Any
     return te.compute(x.shape, rotated)
 
 
-def _time_step(dt: Any, bias: Any, limit: tuple[float, float]) -> Any:
-    """`clamp(softplus(dt + bias), limit)`, softplus as `max(x, 0) + log1p(exp(-|x|))`."""
+def _time_step(dt: Any, limit: tuple[float, float]) -> Any:
+    """`clamp(softplus(dt), limit)`, softplus as `max(x, 0) + log1p(exp(-|x|))`."""
 
     def step(t: Any, h: Any) -> Any:
-        x = dt[t, h] + bias[h]
+        x = dt[t, h]
         y = te.max(x, tirx.const(0, "float32")) + te.log(1 + te.exp(-te.abs(x)))
         if limit[0] > 0:
             y = te.max(y, tirx.const(limit[0], "float32"))

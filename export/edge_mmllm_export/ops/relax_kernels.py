@@ -148,3 +148,41 @@ def gated_linear_attention(heads: int, groups: int, d_k: int, d_v: int) -> Any:
                 output[t, h * d_v + p] += q[t, h // share * d_k + n] * state[0, h, n, p]
 
     return kernel
+
+
+def selective_scan(d_inner: int, d_state: int) -> Any:
+    """The recurrence of `Ops.selective_scan`, one token after another, without the skip.
+
+    x and dt `(seq, d_inner)`, b and c `(seq, d_state)`, decay `(d_inner, d_state)`, state
+    `(1, d_state, d_inner)`, output `(seq, d_inner)`.
+    """
+
+    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
+    def kernel(
+        x_: T.handle,
+        dt_: T.handle,
+        b_: T.handle,
+        c_: T.handle,
+        decay_: T.handle,
+        state_: T.handle,
+        output_: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        seq = T.int64()
+        x = T.match_buffer(x_, (seq, d_inner), "float32")
+        dt = T.match_buffer(dt_, (seq, d_inner), "float32")
+        b = T.match_buffer(b_, (seq, d_state), "float32")
+        c = T.match_buffer(c_, (seq, d_state), "float32")
+        decay = T.match_buffer(decay_, (d_inner, d_state), "float32")
+        state = T.match_buffer(state_, (1, d_state, d_inner), "float32")
+        output = T.match_buffer(output_, (seq, d_inner), "float32")
+        for t in T.serial(seq):
+            for i in T.serial(d_inner):
+                output[t, i] = T.float32(0)
+            for n, i in T.grid(d_state, d_inner):
+                state[0, n, i] = state[0, n, i] * T.exp(dt[t, i] * decay[i, n]) + (
+                    b[t, n] * (dt[t, i] * x[t, i])
+                )
+                output[t, i] += c[t, n] * state[0, n, i]
+
+    return kernel
