@@ -49,7 +49,11 @@ class Model:
 
 MODELS = {
     "smollm2": Model(smollm2_hub, smollm2_gguf, ("ours", "genai", "llama.cpp"), tied=True),
+    # Too small to time; for quality.
+    "mamba2": Model(lambda _: harness.ROOT / "examples/models/tiny-mamba2", None, ("ours",), True),
 }
+#: Those whose speed is worth a table.
+TIMED = ("smollm2",)
 
 
 def export_command(source: Path, out: Path, *options: str) -> list[str]:

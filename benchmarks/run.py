@@ -1,0 +1,50 @@
+"""Every benchmark with its defaults, one after another: `make bench`.
+
+Speed comes first, before the machine is warm with other work. What fails is reported at the end
+and does not stop the others. Without the peers' environment ours is measured alone.
+
+    python benchmarks/run.py [--publish] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import harness
+
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "speed.py": (),
+    "export_cost.py": ("--large",),
+    "memory.py": (),
+    "footprint.py": (),
+    "quality.py": (),
+}
+QUICK: dict[str, tuple[str, ...]] = {
+    "speed.py": ("--quick", "--wait", "5"),
+    "export_cost.py": ("--rounds", "1", "--wait", "5"),
+    "memory.py": ("--runs", "1"),
+    "footprint.py": (),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--publish", action="store_true", help="put the tables into RESULTS.md")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no quality table")
+    arguments = parser.parse_args()
+    failed = []
+    for script, options in (QUICK if arguments.quick else SCRIPTS).items():
+        print(f"\n# {script}", flush=True)
+        command = [sys.executable, str(harness.HERE / script), *options]
+        command += ["--publish"] if arguments.publish else []
+        if subprocess.run(command, env=harness.child_env(), check=False).returncode:
+            failed.append(script)
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
