@@ -54,12 +54,17 @@ class Source:
         rows: take only rows `[start, stop)` of the first axis (fused projections).
         order: row permutation: our row i is their row `order[i]` (after `rows`).
         apply: elementwise function (e.g. `A_log -> -exp(A_log)`).
+        whole: makes our tensor of all of theirs (a transpose, one branch of several); for small
+            tensors, since each tile reads all of it.
+        stored: their shape, where `whole` is given and theirs is not ours but for axes of one.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     order: NDArray[np.int64] | None = field(default=None, compare=False)
     apply: Callable[[Float32], Float32] | None = None
+    whole: Callable[[Float32], Float32] | None = field(default=None, compare=False)
+    stored: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,10 @@ class Weight:
         stop = self.shape[0] if stop is None else stop
         source = self.source
         base = source.rows[0] if source.rows else 0
-        if source.order is None:
+        if source.whole is not None:
+            theirs = self.checkpoint.read(source.name)
+            tile = np.ascontiguousarray(source.whole(theirs).reshape(self.shape)[start:stop])
+        elif source.order is None:
             tile = self.checkpoint.read(source.name, base + start, base + stop)
         else:
             wanted = source.order[start:stop]
@@ -177,8 +185,8 @@ def bind(
         source = sources[p.name]
         info = tensors.get(source.name)
         if info is None:
-            whole = (rows[source.name], *p.shape[1:]) if source.rows is not None else p.shape
-            missing[source.name] = whole
+            shape = (rows[source.name], *p.shape[1:]) if source.rows is not None else p.shape
+            missing[source.name] = source.stored or shape
             continue
         stored = info.shape
         if source.rows is not None:
@@ -186,8 +194,9 @@ def bind(
                 misshapen[source.name] = f"expected {rows[source.name]} rows, found {stored}"
                 continue
             stored = (source.rows[1] - source.rows[0], *stored[1:])
-        if not _same_layout(stored, p.shape):
-            misshapen[source.name] = f"expected {p.shape}, found {info.shape}"
+        if not _same_layout(stored, source.stored or p.shape):
+            wanted = source.stored or p.shape
+            misshapen[source.name] = f"expected {wanted}, found {info.shape}"
             continue
         bound[p.name] = Weight(p.name, p.shape, p.role, checkpoint, source, schemes(p))
     if missing or unexpected or misshapen:

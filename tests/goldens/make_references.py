@@ -71,6 +71,18 @@ MAMBA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+#: Keys wider than the hidden size; activations are halved once, before the last layer.
+RWKV = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "attention_hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "context_length": 128,
+    "rescale_every": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -91,7 +103,7 @@ class Reference:
     dtype: torch.dtype = torch.bfloat16
 
     def config(self) -> Any:
-        base = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": MAMBA2}
+        base = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": MAMBA2, "Rwkv": RWKV}
         config = base.get(self.family, TRANSFORMER) | self.changes
         return getattr(transformers, f"{self.family}Config")(**config)
 
@@ -134,6 +146,7 @@ REFERENCES = {
         "Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     ),
     "olmo2": Reference("Olmo2", {"num_key_value_heads": 3}),
+    "rwkv": Reference("Rwkv"),
     "mamba": Reference("Mamba", {"tie_word_embeddings": True}),
     "mamba-bias": Reference(
         "Mamba",
@@ -168,7 +181,11 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         last = name.rsplit(".", 1)[-1]
-        if last == "A_log":
+        if "time_mix" in last:  # the token's own share
+            value = torch.rand(p.shape, generator=generator)
+        elif last in ("time_decay", "time_first"):
+            value = (-1 if last == "time_decay" else 0.5) + noise
+        elif last == "A_log":
             value = torch.log(1 + 7 * torch.rand(p.shape, generator=generator))
         elif last == "dt_bias" or name.endswith("dt_proj.bias"):
             value = -2 + noise
@@ -178,7 +195,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             value = 0.3 * noise
         elif "conv1d" in name:
             value = 0.5 * noise
-        elif "embed" in name or "lm_head" in name:
+        elif "embed" in name or "head" in name:
             value = noise * 3 / math.sqrt(p.shape[1])
         else:
             value = noise * 1.3 / math.sqrt(p.shape[1])

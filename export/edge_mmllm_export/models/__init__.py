@@ -7,7 +7,7 @@ import importlib
 
 from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Checkpoint
-from edge_mmllm_export.models import state_spaces
+from edge_mmllm_export.models import rwkv, state_spaces
 from edge_mmllm_export.ops.base import Architecture
 
 #: `model_type` of config.json, or `general.architecture` of GGUF -> module:class.
@@ -20,6 +20,11 @@ ARCHITECTURES = {
     "mamba": "mamba:Mamba",
     "mamba2": "mamba2:Mamba2",
     "falcon_mamba": "falcon_mamba:FalconMamba",
+    "rwkv": "rwkv4:Rwkv4",
+    "rwkv4": "rwkv4:Rwkv4",
+    "rwkv5": "rwkv5:Rwkv5",
+    "rwkv6": "rwkv6:Rwkv6",
+    "rwkv7": "rwkv7:Rwkv7",
 }
 
 
@@ -27,12 +32,12 @@ def architecture_name(checkpoint: Checkpoint) -> str:
     """What the checkpoint calls itself. Raises: CheckpointError."""
     config = checkpoint.config
     name = config.get("general.architecture" if checkpoint.layout == "gguf" else "model_type")
-    name = name or state_spaces.architecture(config)
+    name = name or state_spaces.architecture(config) or rwkv.version(checkpoint.tensors)
     if not isinstance(name, str):
         raise CheckpointError(
             "the checkpoint does not say what architecture it is",
             where=str(checkpoint.source),
-            expected="config.json with a model_type, or a GGUF file",
+            expected="config.json with a model_type, a GGUF file, or BlinkDL's .pth of an RWKV",
             fix="put the config.json of the original release beside the weights",
         )
     return name

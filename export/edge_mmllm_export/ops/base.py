@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
 T = TypeVar("T")
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "minus_exp"
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ class Attention:
     norm_eps: float = 1e-6
 
 
+@dataclass(frozen=True)
+class Wkv7(Generic[T]):
+    """What `wkv7` reads for each token, all `(seq, heads * d)`; gate and rate are sigmoids."""
+
+    r: T
+    gate: T
+    k: T
+    v: T
+    rate: T
+
+
+@dataclass(frozen=True)
+class Wkv7Weights:
+    """The vectors of `wkv7`: k_k and k_a `(heads * d,)`, r_k `(heads, d)`."""
+
+    k_k: Weight
+    k_a: Weight
+    r_k: Weight
+
+
 class Ops(Protocol[T]):
     """One backend's ops. Shapes are given as `(seq, width)`."""
 
@@ -95,8 +117,10 @@ class Ops(Protocol[T]):
         """RMS norm over the last axis without a weight."""
         ...
 
-    def add_norm(self, x: T, delta: T | None, weight: Weight, *, eps: float) -> tuple[T, T]:
-        """`(x + delta, rms_norm(x + delta))`: the residual stream and the next block's input."""
+    def add_norm(
+        self, x: T, delta: T | None, weight: Weight, *, eps: float, bias: Weight | None = None
+    ) -> tuple[T, T]:
+        """`(x + delta, norm(x + delta))`: the residual stream and the next block's input."""
         ...
 
     def add(self, a: T, b: T) -> T: ...
@@ -162,6 +186,52 @@ class Ops(Protocol[T]):
 
     def head_scale(self, x: T, weight: Weight) -> T:
         """Scale each head: x `(seq, heads * d)`, weight `(heads,)`."""
+        ...
+
+    def token_shift(self, x: T, state: StateSpec) -> T:
+        """The row before each row of x `(seq, C)`; the state `(1, 1, C)` is the one before the
+        first, and becomes the last."""
+        ...
+
+    def mix(self, x: T, previous: T, *mu: Weight) -> tuple[T, ...]:
+        """`x + (previous - x) * mu` for each mu `(C,)`. Source: RWKV's token shift."""
+        ...
+
+    def lerp(self, x: T, y: T, amount: T) -> T:
+        """`x + (y - x) * amount`."""
+        ...
+
+    def wkv4(self, k: T, v: T, decay: Weight, bonus: Weight, state: StateSpec) -> T:
+        """RWKV-4's mean of the values seen, weighted by `exp(k)` and by age, for each channel.
+
+        `y_t = (a_{t-1} + exp(u + k_t) v_t) / (b_{t-1} + exp(u + k_t))` with
+        `a_t = exp(w) a_{t-1} + exp(k_t) v_t` and `b` the same with 1 for v. k, v `(seq, C)`,
+        decay w (negative) and bonus u `(C,)`, state `(1, 3, C)`: a and b, both divided by
+        exp(m), and m, the largest exponent so far (any, while b is 0).
+        Source: arXiv 2305.13048, section 3.1 and appendix D (the stable form).
+        """
+        ...
+
+    def wkv6(self, r: T, k: T, v: T, log_decay: T | Weight, bonus: Weight, state: StateSpec) -> T:
+        """`y_t = r_t' (S_{t-1} + (u * k_t) v_t')`, `S_t = diag(exp(d_t)) S_{t-1} + k_t v_t'`.
+
+        For each head of r, k, v `(seq, heads * d)`. log_decay d: `(seq, heads * d)` (RWKV-6) or
+        a weight `(heads, d)` (RWKV-5), at most 0; bonus u `(heads, d)`; state
+        `(1, heads, d, d)`. Returns `(seq, heads * d)`.
+        Source: arXiv 2404.05892, eq. 16 to 19.
+        """
+        ...
+
+    def wkv7(self, x: Wkv7[T], w: Wkv7Weights, state: StateSpec) -> tuple[T, T]:
+        """RWKV-7's generalized delta rule, and its bonus.
+
+        For each head, with `c = unit(k * k_k)` (over the head), `a = rate`,
+        `k' = k * (1 + (a - 1) * k_a)` and `log w = -exp(-1/2) * gate`:
+        `S_t = diag(w_t) S_{t-1} - (c_t * a_t) (c_t' S_{t-1}) + k'_t v_t'`, `y_t = r_t' S_t`, and
+        `bonus_t = (sum(r_t * k'_t * r_k)) v_t`. State `(1, heads, d, d)`, keys first. Both
+        results `(seq, heads * d)`.
+        Source: arXiv 2503.14456, eq. 13 to 19 and `RWKV_x070` of BlinkDL's reference.
+        """
         ...
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops.base import Activation, Attention
+from edge_mmllm_export.ops import numpy_rwkv
+from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
 from edge_mmllm_export.weights import Weight
 
 Array = NDArray[Any]
@@ -98,10 +99,16 @@ class NumpyOps:
         return np.asarray(x / np.sqrt(mean_square + np.float32(eps)), np.float32)
 
     def add_norm(
-        self, x: Array, delta: Array | None, weight: Weight, *, eps: float
+        self,
+        x: Array,
+        delta: Array | None,
+        weight: Weight,
+        *,
+        eps: float,
+        bias: Weight | None = None,
     ) -> tuple[Array, Array]:
         x = x if delta is None else x + delta
-        return x, self.norm(x, weight, eps=eps)
+        return x, self.norm(x, weight, eps=eps, bias=bias)
 
     def add(self, a: Array, b: Array) -> Array:
         return a + b
@@ -117,6 +124,14 @@ class NumpyOps:
             return x * sigmoid(x)
         if kind == "relu":
             return np.maximum(x, np.float32(0))
+        if kind == "relu2":
+            return np.square(np.maximum(x, np.float32(0)))
+        if kind == "sigmoid":
+            return sigmoid(x)
+        if kind == "tanh":
+            return np.tanh(x)
+        if kind == "minus_exp":
+            return -np.exp(x)
         if kind == "quick_gelu":
             return x * sigmoid(np.float32(1.702) * x)
         if kind == "gelu":
@@ -240,6 +255,42 @@ class NumpyOps:
         heads = weight.shape[0]
         scaled = x.reshape(x.shape[0], heads, -1) * weight.values[:, None]
         return np.asarray(scaled.reshape(x.shape), np.float32)
+
+    def token_shift(self, x: Array, state: StateSpec) -> Array:
+        rows = np.concatenate([self.states[state.name][0], x])
+        self.states[state.name] = rows[-1:][None]
+        return rows[:-1]
+
+    def mix(self, x: Array, previous: Array, *mu: Weight) -> tuple[Array, ...]:
+        return tuple(x + (previous - x) * m.values for m in mu)
+
+    def lerp(self, x: Array, y: Array, amount: Array) -> Array:
+        return np.asarray(x + (y - x) * amount, np.float32)
+
+    def wkv4(self, k: Array, v: Array, decay: Weight, bonus: Weight, state: StateSpec) -> Array:
+        y, new = numpy_rwkv.wkv4(k, v, decay.values, bonus.values, self.states[state.name][0])
+        self.states[state.name] = new[None]
+        return y
+
+    def wkv6(
+        self,
+        r: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | Weight,
+        bonus: Weight,
+        state: StateSpec,
+    ) -> Array:
+        if isinstance(log_decay, Weight):
+            log_decay = np.broadcast_to(log_decay.values.reshape(-1), k.shape)
+        y, new = numpy_rwkv.wkv6(r, k, v, log_decay, bonus.values, self.states[state.name][0])
+        self.states[state.name] = new[None]
+        return y
+
+    def wkv7(self, x: Wkv7[Array], w: Wkv7Weights, state: StateSpec) -> tuple[Array, Array]:
+        y, bonus, new = numpy_rwkv.wkv7(x, w, self.states[state.name][0])
+        self.states[state.name] = new[None]
+        return y, bonus
 
 
 def _rotate(x: Array, cos: Array, sin: Array, scale: float) -> Array:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops import onnx_mamba
-from edge_mmllm_export.ops.base import Activation, Attention
+from edge_mmllm_export.ops import onnx_mamba, onnx_rwkv
+from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
 from edge_mmllm_export.quantize.schemes import Scheme
@@ -71,6 +71,7 @@ class OnnxOps:
         self._progress = progress or (lambda _: None)
         self._pending: list[Future[None]] = []
         self._seq: tuple[str, str] | None = None
+        self._length: onnx_rwkv.Sequence | None = None
         self._tables: dict[tuple[int, float], tuple[str, str]] = {}
         self.written: set[str] = set()
 
@@ -315,6 +316,8 @@ class OnnxOps:
         bias: Weight | None = None,
     ) -> Value:
         g, name = self.graph, self._use(x)
+        if bias is not None and groups > 1:
+            return self._group_norm(x, weight, bias, eps, groups)
         if bias is not None:
             inputs = [name, self._vector(weight), self._vector(bias)]
             return Value(g.node("LayerNormalization", inputs, epsilon=eps)[0], x.width)
@@ -340,18 +343,33 @@ class OnnxOps:
         name = self.graph.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         return Value(name, x.width)
 
+    def _group_norm(self, x: Value, weight: Weight, bias: Weight, eps: float, groups: int) -> Value:
+        """A layer norm of each group, then scale and bias over the whole width."""
+        g, width = self.graph, x.width // groups
+        ones = onnx_rwkv.fixed(g, f"ones.{width}", np.ones(width, np.float32))
+        parts = g.node("Reshape", [self._use(x), g.ints(0, 0, groups, width)])[0]
+        normed = g.node("LayerNormalization", [parts, ones], epsilon=eps)[0]
+        flat = g.node("Reshape", [normed, g.ints(0, 0, x.width)])[0]
+        scaled = g.node("Mul", [flat, self._vector(weight)])[0]
+        return Value(g.node("Add", [scaled, self._vector(bias)])[0], x.width)
+
     def add_norm(
-        self, x: Value, delta: Value | None, weight: Weight, *, eps: float
+        self,
+        x: Value,
+        delta: Value | None,
+        weight: Weight,
+        *,
+        eps: float,
+        bias: Weight | None = None,
     ) -> tuple[Value, Value]:
         if delta is None:
-            return x, self.norm(x, weight, eps=eps)
+            return x, self.norm(x, weight, eps=eps, bias=bias)
         outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
-        self.graph.microsoft(
-            "SkipSimplifiedLayerNormalization",
-            [self._use(x), self._use(delta), self._vector(weight)],
-            outputs,
-            epsilon=eps,
-        )
+        inputs = [self._use(x), self._use(delta), self._vector(weight)]
+        kind = "SkipSimplifiedLayerNormalization"
+        if bias is not None:
+            kind, inputs = "SkipLayerNormalization", [*inputs, self._vector(bias)]
+        self.graph.microsoft(kind, inputs, outputs, epsilon=eps)
         return Value(outputs[3], x.width), Value(outputs[0], x.width)
 
     def add(self, a: Value, b: Value) -> Value:
@@ -365,8 +383,14 @@ class OnnxOps:
 
     def activation(self, x: Value, kind: Activation) -> Value:
         g, name = self.graph, self._use(x)
-        if kind == "relu":
-            return Value(g.node("Relu", [name])[0], x.width)
+        simple = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+        if kind in simple:
+            return Value(g.node(simple[kind], [name])[0], x.width)
+        if kind == "relu2":
+            positive = g.node("Relu", [name])[0]
+            return Value(g.node("Mul", [positive, positive])[0], x.width)
+        if kind == "minus_exp":
+            return Value(g.node("Neg", [g.node("Exp", [name])[0]])[0], x.width)
         if kind in ("silu", "quick_gelu"):
             alpha = 1.0 if kind == "silu" else 1.702
             return Value(g.microsoft("QuickGelu", [name], alpha=alpha)[0], x.width)
@@ -513,6 +537,78 @@ class OnnxOps:
 
     def head_scale(self, x: Value, weight: Weight) -> Value:
         return Value(onnx_mamba.head_scale(self, self._use(x), x.width, weight), x.width)
+
+    # -- RWKV ------------------------------------------------------------------------------
+
+    def token_shift(self, x: Value, state: StateSpec) -> Value:
+        return Value(onnx_rwkv.token_shift(self.graph, self._use(x), state.name), x.width)
+
+    def mix(self, x: Value, previous: Value, *mu: Weight) -> tuple[Value, ...]:
+        g, name = self.graph, self._use(x)
+        delta = g.node("Sub", [self._use(previous), name])[0]
+        parts = [g.node("Mul", [delta, self._vector(m)])[0] for m in mu]
+        return tuple(Value(g.node("Add", [name, part])[0], x.width) for part in parts)
+
+    def lerp(self, x: Value, y: Value, amount: Value) -> Value:
+        g, name = self.graph, self._use(x)
+        delta = g.node("Sub", [self._use(y), name])[0]
+        part = g.node("Mul", [delta, self._use(amount)])[0]
+        return Value(g.node("Add", [name, part])[0], x.width)
+
+    def _lengths(self) -> onnx_rwkv.Sequence:
+        if self._length is None:
+            self._length = onnx_rwkv.Sequence(self.graph)
+        return self._length
+
+    def wkv4(self, k: Value, v: Value, decay: Weight, bonus: Weight, state: StateSpec) -> Value:
+        none = np.zeros(k.width, np.float32)
+        ages = self._fixed(decay, ".ages", np.stack([none, decay.values]))
+        extra = self._fixed(bonus, ".pair", np.stack([bonus.values, none]))
+        names = self._use(k), self._use(v), ages, extra, state.name
+        return Value(onnx_rwkv.wkv4(self.graph, *names, k.width), k.width)
+
+    def _fixed(self, w: Weight, suffix: str, values: NDArray[np.float32]) -> str:
+        """A constant made of a small weight, which is counted as packed."""
+        if not self.graph.has(w.name + suffix):
+            onnx_rwkv.fixed(self.graph, w.name + suffix, values)
+            self._progress(w.size)
+        return w.name + suffix
+
+    def wkv6(
+        self,
+        r: Value,
+        k: Value,
+        v: Value,
+        log_decay: Value | Weight,
+        bonus: Weight,
+        state: StateSpec,
+    ) -> Value:
+        g, heads, width = self.graph, state.shape[1], r.width
+        rkv = self._use(r), self._use(k), self._use(v)
+        if isinstance(log_decay, Weight):
+            flat = self._fixed(log_decay, ".flat", log_decay.values.reshape(width))
+            gone = onnx_rwkv.constant_decay(g, flat, self._lengths().length, width)
+        else:
+            gone = self._use(log_decay)
+        y = onnx_rwkv.wkv6(g, rkv, gone, state.name, heads, width)
+        u = self._fixed(bonus, ".flat", bonus.values.reshape(width))
+        extra = onnx_rwkv.head_bonus(g, *rkv, u, heads, width)
+        return Value(g.node("Add", [y, extra])[0], width)
+
+    def wkv7(self, x: Wkv7[Value], w: Wkv7Weights, state: StateSpec) -> tuple[Value, Value]:
+        g, width = self.graph, x.r.width
+        heads, d = w.r_k.shape
+        r, gate, k, v, rate = (self._use(y) for y in (x.r, x.gate, x.k, x.v, x.rate))
+        scaled = g.node("Mul", [k, self._vector(w.k_k)])[0]
+        unit = onnx_rwkv.unit_keys(g, scaled, heads, d)
+        rest = onnx_rwkv.fixed(g, f"{w.k_a.name}.rest", 1 - w.k_a.values)
+        share = g.node("Add", [g.node("Mul", [rate, self._vector(w.k_a)])[0], rest])[0]
+        k = g.node("Mul", [k, share])[0]
+        names = onnx_rwkv.Wkv7Names(r, gate, k, v, unit, rate, state.name)
+        y = onnx_rwkv.wkv7(g, names, self._lengths(), heads, d)
+        r_k = self._fixed(w.r_k, ".flat", w.r_k.values.reshape(width))
+        bonus = onnx_rwkv.head_bonus(g, r, k, v, r_k, heads, width)
+        return Value(y, width), Value(bonus, width)
 
 
 def scheme_groups(weights: Sequence[Weight]) -> dict[tuple[str, Scheme], list[Weight]]:

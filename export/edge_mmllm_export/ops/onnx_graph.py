@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,30 @@ class TensorFile:
             self._fd = -1
 
 
+class Body:
+    """The graph inside a Scan, Loop or If; it may use every value of the graph around it."""
+
+    def __init__(self, graph: GraphBuilder, name: str) -> None:
+        self._graph, self.name = graph, graph.fresh(name)
+        self.nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, stem: str, shape: Sequence[int | str]) -> str:
+        """A float32 input of the next position."""
+        name = self._graph.fresh(stem)
+        self._inputs.append(helper.make_tensor_value_info(name, _TYPES["float32"], list(shape)))
+        return name
+
+    def output(self, name: str, shape: Sequence[int | str]) -> None:
+        """Makes a float32 value, computed in this body, the output of the next position."""
+        self._outputs.append(helper.make_tensor_value_info(name, _TYPES["float32"], list(shape)))
+
+    def graph(self) -> onnx.GraphProto:
+        """The attribute of the node that owns it."""
+        return helper.make_graph(self.nodes, self.name, self._inputs, self._outputs)
+
+
 class GraphBuilder:
     """Collects nodes, inputs, outputs and initializers of one graph.
 
@@ -116,6 +141,16 @@ class GraphBuilder:
             )
         )
         return list(outputs)
+
+    @contextmanager
+    def body(self, name: str) -> Iterator[Body]:
+        """Nodes added inside the `with` belong to a graph within this one; initializers do not."""
+        inner = Body(self, name)
+        nodes, self._nodes = self._nodes, inner.nodes
+        try:
+            yield inner
+        finally:
+            self._nodes = nodes
 
     def microsoft(
         self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes: Any

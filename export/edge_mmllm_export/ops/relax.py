@@ -17,13 +17,14 @@ from tvm import relax, te, tirx
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import relax_kernels
 from edge_mmllm_export.ops.base import Activation, Attention, Rope
+from edge_mmllm_export.ops.relax_missing import MissingOps
 from edge_mmllm_export.weights import Weight
 
 #: A Relax variable, `(seq, width)` float32 (tvm ships no type hints).
 Value = Any
 
 
-class RelaxOps:
+class RelaxOps(MissingOps[Value]):
     """Builds the body of one Relax function.
 
     Args:
@@ -117,10 +118,16 @@ class RelaxOps:
         return self._emit(relax.op.nn.rms_norm(x, ones, axes=-1, epsilon=eps))
 
     def add_norm(
-        self, x: Value, delta: Value | None, weight: Weight, *, eps: float
+        self,
+        x: Value,
+        delta: Value | None,
+        weight: Weight,
+        *,
+        eps: float,
+        bias: Weight | None = None,
     ) -> tuple[Value, Value]:
         x = x if delta is None else self.add(x, delta)
-        return x, self.norm(x, weight, eps=eps)
+        return x, self.norm(x, weight, eps=eps, bias=bias)
 
     def add(self, a: Value, b: Value) -> Value:
         return self._emit(relax.op.add(a, b))
