@@ -15,7 +15,10 @@ from edge_mmllm.errors import CorruptBundle
 
 StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift"]
 Dtype = Literal["float32", "float16", "int8", "int64"]
-TokenizerKind = Literal["tokenizers", "bytes", "none"]
+TokenizerKind = Literal["tokenizers", "rwkv-world", "bytes", "none"]
+
+#: The file that a tokenizer of each kind needs in the bundle.
+TOKENIZER_FILES = {"tokenizers": "tokenizer.json", "rwkv-world": "rwkv_vocab.txt"}
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8}
 
@@ -97,8 +100,8 @@ class TextSpec:
     """How text becomes token ids and back.
 
     Attributes:
-        tokenizer: `tokenizers` (a `tokenizer.json` in the bundle), `bytes` (id = byte value) or
-            `none` (token ids only).
+        tokenizer: `tokenizers` (a `tokenizer.json` in the bundle), `rwkv-world` (an
+            `rwkv_vocab.txt`), `bytes` (id = byte value) or `none` (token ids only).
         bos_id: prepended once to a raw prompt when `add_bos`; never doubled.
         eos_ids: every id that ends a generation.
         add_bos: whether encoding adds BOS. False where `tokenizer.json` itself does.

@@ -11,13 +11,12 @@ from typing import Any, Literal, cast, get_args
 from edge_mmllm._fields import Fields, parse_object
 from edge_mmllm.bundle.paths import check_relative
 from edge_mmllm.errors import CorruptBundle, UnsupportedBundle
-from edge_mmllm.spec import ModelSpec
+from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec
 
 FORMAT = "edge-mmllm-bundle"
 FORMAT_VERSION = 1
 
 MANIFEST_FILE = "manifest.json"
-TOKENIZER_FILE = "tokenizer.json"
 GOLDEN_FILE = "golden.npz"
 
 #: A manifest holds a few kB per layer; a larger one is hostile or broken.
@@ -198,8 +197,8 @@ class Manifest:
         needed = {f"model.stages.{n}.file": s.file for n, s in manifest.model.stages.items()}
         if manifest.golden is not None:
             needed["golden"] = manifest.golden
-        if manifest.model.text.tokenizer == "tokenizers":
-            needed["model.text.tokenizer"] = TOKENIZER_FILE
+        if manifest.model.text.tokenizer in TOKENIZER_FILES:
+            needed["model.text.tokenizer"] = TOKENIZER_FILES[manifest.model.text.tokenizer]
         for name, path in needed.items():
             if path not in listed:
                 raise CorruptBundle(

@@ -58,7 +58,9 @@ LATER_FORMATS = ("gguf", "mlc")
 )  # fmt: skip
 @context_option
 @click.option(
-    "--tokenizer", metavar="PATH|bytes|none", help="Instead of the checkpoint's own tokenizer."
+    "--tokenizer",
+    metavar="PATH|bytes|none",
+    help="Instead of the checkpoint's own tokenizer (tokenizer.json, rwkv_vocab*.txt).",
 )
 @click.option("--gate", type=click.Choice(("on", "off")), default="on", show_default=True,
               help="Judge the result against the checkpoint in float32.")  # fmt: skip

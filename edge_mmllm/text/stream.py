@@ -77,15 +77,24 @@ class StreamDecoder:
         return new
 
 
-class ByteStreamDecoder(StreamDecoder):
-    """The stream of a model whose ids are bytes; ids of 256 and more add nothing."""
+def _one_byte(token_id: int) -> bytes:
+    return bytes([token_id]) if 0 <= token_id < 256 else b""
 
-    def __init__(self) -> None:
+
+class ByteStreamDecoder(StreamDecoder):
+    """The stream of a model whose tokens are bytes, whole characters or not.
+
+    Args:
+        token: the bytes of an id, none where it adds nothing; by default ids are byte values.
+    """
+
+    def __init__(self, token: Callable[[int], bytes] = _one_byte) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._token = token
 
     def push(self, token_id: int) -> str:
         """See `StreamDecoder.push`."""
-        return self._utf8.decode(bytes([token_id])) if 0 <= token_id < 256 else ""
+        return self._utf8.decode(self._token(token_id))
 
     def flush(self) -> str:
         """See `StreamDecoder.flush`."""

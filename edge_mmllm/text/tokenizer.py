@@ -1,4 +1,4 @@
-"""Text to token ids and back, as a bundle's `TextSpec` and `tokenizer.json` say."""
+"""Text to token ids and back, as a bundle's `TextSpec` and its tokenizer's file say."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.errors import CorruptBundle, TemplateError, UsageError
-from edge_mmllm.spec import TextSpec
+from edge_mmllm.spec import TOKENIZER_FILES, TextSpec
 from edge_mmllm.text.stream import ByteStreamDecoder, StreamDecoder
 from edge_mmllm.text.template import ChatTemplate
+from edge_mmllm.text.world import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,16 +31,18 @@ class Text:
 
     Args:
         spec: the model's text settings.
-        tokenizer_json: content of `tokenizer.json`, for kind `tokenizers`.
+        tokenizer_json: content of the tokenizer's file, for the kinds of `TOKENIZER_FILES`.
 
     Raises:
-        UsageError: kind `tokenizers` without `tokenizer_json`.
+        UsageError: such a kind without its file.
     """
 
     def __init__(self, spec: TextSpec, tokenizer_json: bytes | None = None) -> None:
-        if spec.tokenizer == "tokenizers" and tokenizer_json is None:
+        if spec.tokenizer in TOKENIZER_FILES and tokenizer_json is None:
             raise UsageError(
-                "this tokenizer needs its tokenizer.json", expected="its bytes", found="None"
+                f"this tokenizer needs its {TOKENIZER_FILES[spec.tokenizer]}",
+                expected="its bytes",
+                found="None",
             )
         self.spec, self._json = spec, tokenizer_json
 
@@ -62,6 +65,17 @@ class Text:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    @cached_property
+    def _world(self) -> WorldTokenizer:
+        try:
+            return WorldTokenizer(self._json or b"")
+        except ValueError as error:
+            raise CorruptBundle(
+                "the tokenizer cannot be read",
+                where=TOKENIZER_FILES["rwkv-world"],
+                found=str(error),
+            ) from error
 
     @cached_property
     def _prefix(self) -> tuple[int, ...]:
@@ -99,6 +113,8 @@ class Text:
         prefix: tuple[int, ...] = ()
         if self.spec.tokenizer == "bytes":
             ids = list(data)
+        elif self.spec.tokenizer == "rwkv-world":
+            ids = self._world.encode(data)
         else:
             prefix = self._prefix
             ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -123,6 +139,8 @@ class Text:
         """
         if self.spec.tokenizer == "bytes":
             return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+        if self.spec.tokenizer == "rwkv-world":
+            return self._world.decode(ids).decode("utf-8", "replace")
         tokenizer = self._tokenizer
         known = [i for i in ids if 0 <= i < 1 << 32]
         text: str = tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
@@ -136,6 +154,8 @@ class Text:
         """
         if self.spec.tokenizer == "bytes":
             return ByteStreamDecoder()
+        if self.spec.tokenizer == "rwkv-world":
+            return ByteStreamDecoder(self._world.token)
         tokenizer, special = self._tokenizer, self._special
 
         def skip(token_id: int) -> bool:

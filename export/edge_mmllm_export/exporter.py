@@ -20,7 +20,6 @@ from typing import Any
 
 from edge_mmllm.bundle import (
     GOLDEN_FILE,
-    TOKENIZER_FILE,
     Bundle,
     BundleWriter,
     ExportRecord,
@@ -36,11 +35,12 @@ from edge_mmllm.bundle import Source as SourceRecord
 from edge_mmllm.errors import MemoryLimitExceeded, QualityGateFailed, UsageError
 from edge_mmllm.profiling.machine import default_threads
 from edge_mmllm.profiling.memory import peak_rss_bytes
-from edge_mmllm.spec import ModelSpec, TextSpec
+from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, TextSpec
 from edge_mmllm_export import verify
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
 from edge_mmllm_export.checkpoints.text import load_tokenizer
+from edge_mmllm_export.checkpoints.world import load_world
 from edge_mmllm_export.models import build
 from edge_mmllm_export.onnx import Inputs, write_stages
 from edge_mmllm_export.ops.base import Architecture
@@ -63,7 +63,8 @@ class ExportOptions:
         plan: quantization.
         inputs: `ids` or `embeds` (see `onnx.write_stages`).
         context: longest context to support; None = the model's own, at most 32768.
-        tokenizer: a `tokenizer.json`, `bytes`, `none`, or None for the checkpoint's own.
+        tokenizer: a `tokenizer.json`, an RWKV World vocabulary (`.txt`), `bytes`, `none`, or None
+            for the checkpoint's own.
         gate: judge the artefact before it becomes a bundle.
         accept_quality_loss: keep a bundle that failed the gate, marked as such.
         max_ram: bytes the export may use; refused up front where it would not do.
@@ -165,7 +166,8 @@ def export(
             progress=advance,
         )
         if job.text.tokenizer_json is not None:
-            writer.path(TOKENIZER_FILE).write_bytes(job.text.tokenizer_json)
+            file = TOKENIZER_FILES[job.text.spec.tokenizer]
+            writer.path(file).write_bytes(job.text.tokenizer_json)
         manifest = Manifest(
             engine="onnx",
             engine_format={"opset": 21, "data": "weights.bin"},
@@ -242,7 +244,7 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
         schemes=options.plan.of,
     )
     _check_overrides(options.plan, weights)
-    text = _text(checkpoint, options.tokenizer)
+    text = _text(checkpoint, options.tokenizer, model.vocab_size)
     workers = options.workers or default_threads()
     groups = _groups(weights)
     states = model.states()
@@ -292,7 +294,7 @@ def _check_memory(plan: ExportPlan, options: ExportOptions, workers: int) -> Non
             )
 
 
-def _text(checkpoint: Checkpoint, option: str | None) -> TextAssets:
+def _text(checkpoint: Checkpoint, option: str | None, vocab_size: int) -> TextAssets:
     """The checkpoint's own text settings, or what `--tokenizer` puts in their place."""
     if option is None:
         return checkpoint.text()
@@ -306,9 +308,13 @@ def _text(checkpoint: Checkpoint, option: str | None) -> TextAssets:
         raise UsageError(
             "--tokenizer cannot be read",
             where=str(path),
-            expected="a tokenizer.json (or its folder) | bytes | none",
+            expected="a tokenizer.json (or its folder) | an rwkv_vocab*.txt | bytes | none",
             found=error.strerror,
         ) from error
+    if path.suffix == ".txt":
+        world = load_world(content, str(path), vocab_size)
+        assert world is not None  # noqa: S101 - for the type checker: strict raises
+        return world
     load_tokenizer(content, str(path))
     spec = checkpoint.text().spec
     return TextAssets(replace(spec, tokenizer="tokenizers"), content)

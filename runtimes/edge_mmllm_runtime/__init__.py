@@ -58,8 +58,9 @@ def load(
         SessionError: no memory for the states, or the cache cannot be written.
         UsageError: `engine`, `threads` or `context` does not fit the bundle.
     """
-    from edge_mmllm.bundle import TOKENIZER_FILE, open_bundle
+    from edge_mmllm.bundle import open_bundle
     from edge_mmllm.profiling.machine import default_threads
+    from edge_mmllm.spec import TOKENIZER_FILES
     from edge_mmllm.text import Text
     from edge_mmllm_runtime.engine import EngineOptions
     from edge_mmllm_runtime.session import Session
@@ -74,9 +75,8 @@ def load(
     open_engine = _opener(name)
 
     def make_text() -> Text:
-        if spec.text.tokenizer != "tokenizers":
-            return Text(spec.text, None)
-        return Text(spec.text, bundle.file(TOKENIZER_FILE).read_bytes())
+        file = TOKENIZER_FILES.get(spec.text.tokenizer)
+        return Text(spec.text, bundle.file(file).read_bytes() if file else None)
 
     return Session(open_engine(bundle, options), spec, bundle.sha256, make_text, context=context)
 

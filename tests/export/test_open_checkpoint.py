@@ -210,5 +210,7 @@ def test_zoo(shared_data: Path) -> None:
         checkpoint = open_checkpoint(shared_data / "zoo" / name)
         assert checkpoint.layout == layout
         assert checkpoint.config["model_type"]
-        assert checkpoint.text().spec.tokenizer == ("none" if layout == "pth" else "tokenizers")
+        assert checkpoint.text().spec.tokenizer == (
+            "rwkv-world" if layout == "pth" else "tokenizers"
+        )
         checkpoint.close()

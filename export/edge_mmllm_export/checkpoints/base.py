@@ -34,7 +34,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TextAssets:
-    """What a checkpoint says about text: settings plus `tokenizer.json` where there is one."""
+    """What a checkpoint says about text: settings, and the tokenizer's file where there is one
+    (`tokenizer.json`, or the vocabulary of kind `rwkv-world`)."""
 
     spec: TextSpec
     tokenizer_json: bytes | None = None

@@ -12,6 +12,7 @@ from edge_mmllm.errors import CorruptCheckpoint, TensorMismatch
 from .base import Float32, Layout, TensorInfo, TextAssets
 from .files import TensorFile, lookup, read_json
 from .text import hub_text
+from .world import world_text
 
 
 class FilesCheckpoint:
@@ -69,7 +70,10 @@ class FilesCheckpoint:
 
     def text(self) -> TextAssets:
         """Tokenizer and its settings, from the files beside the weights."""
-        return hub_text(self.directory, self.config)
+        assets = hub_text(self.directory, self.config)
+        if assets.tokenizer_json is None:
+            return world_text(self.directory, self.config, self._tensors) or assets
+        return assets
 
     def close(self) -> None:
         """Closes every file."""
