@@ -83,16 +83,20 @@ class Stage:
             new token), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits).
         outputs: graph outputs in order, states left out: `logits` float32 `(rows, vocab)` for a
             decoder, `inputs_embeds` float32 `(seq, hidden)` for an embedder.
+        in_place: names of states whose `next.X` may be written over `state.X`, in one buffer,
+            because nothing in the graph reads the old value once the new one is being written.
     """
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    in_place: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, fields: Fields) -> Stage:
         """Reads one value of `model.stages`. Raises: CorruptBundle."""
-        return cls(fields.text("file"), fields.texts("inputs"), fields.texts("outputs"))
+        in_place = fields.texts("in_place") if "in_place" in fields.value else ()
+        return cls(fields.text("file"), fields.texts("inputs"), fields.texts("outputs"), in_place)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ def write_stages(
         _decoder(graph, op, model, weights, inputs)
         op.finish()
         graph.save(folder / "decoder.onnx", {"stage": "decoder", "architecture": model.name})
-        stages["decoder"] = Stage("decoder.onnx", tuple(graph.plain_inputs()), ("logits",))
+        stages["decoder"] = Stage(
+            "decoder.onnx", tuple(graph.plain_inputs()), ("logits",), tuple(op.in_place)
+        )
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)

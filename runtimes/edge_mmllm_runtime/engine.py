@@ -70,7 +70,8 @@ class Engine(Protocol):
 
         Raises:
             SessionError: the engine failed; its states are as before, but for rows at or
-                beyond `position` in states that grow.
+                beyond `position` in states that grow. States that are written in place are
+                lost: every call raises until `clear`, `load` or `rollback`.
         """
         ...
 

@@ -96,7 +96,8 @@ class OnnxEngine:
         if grows and context is None:
             raise UsageError("a model whose state grows needs a context", expected="tokens")
         self.capacity = context if grows else None
-        self._states = StateBuffers(spec.states, self.capacity)
+        self._states = StateBuffers(spec.states, self.capacity, stage.in_place)
+        self._in_place, self._lost = bool(stage.in_place), False
         self.state_capacity_bytes = self._states.size_bytes
         self._embed: Callable[[Int64], Float32] | None = None
         self._prepare()
@@ -170,9 +171,15 @@ class OnnxEngine:
         return self._logits_row
 
     def _execute(self, binding: Any) -> None:
+        if self._lost:
+            raise SessionError(
+                "the states were lost when onnxruntime failed before",
+                fix="reset the session, or restore a snapshot",
+            )
         try:
             self._run(binding, None)
         except Exception as error:  # onnxruntime's errors share no base class but this
+            self._lost = self._in_place
             raise SessionError("onnxruntime failed to run the decoder", found=str(error)) from error
         self._states.parity ^= 1
 
@@ -200,6 +207,7 @@ class OnnxEngine:
     def clear(self) -> None:
         """See `Engine.clear`."""
         self._states.clear()
+        self._lost = False
 
     def rewind(self, position: int, to: int) -> bool:
         """See `Engine.rewind`."""
@@ -213,6 +221,7 @@ class OnnxEngine:
         """See `Engine.rollback`."""
         assert isinstance(mark, dict)  # noqa: S101 - for the type checker: `mark` made it
         self._states.rollback(mark)
+        self._lost = False
 
     def save(self, position: int) -> Arrays:
         """See `Engine.save`."""
@@ -221,6 +230,7 @@ class OnnxEngine:
     def load(self, states: Arrays, position: int) -> None:
         """See `Engine.load`."""
         self._states.load(states, position)
+        self._lost = False
 
     def close(self) -> None:
         """See `Engine.close`."""

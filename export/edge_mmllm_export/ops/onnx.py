@@ -74,6 +74,8 @@ class OnnxOps:
         self._length: onnx_rwkv.Sequence | None = None
         self._tables: dict[tuple[int, float], tuple[str, str]] = {}
         self.written: set[str] = set()
+        #: States whose next value may be written over the present one.
+        self.in_place: list[str] = []
 
     # -- weights ---------------------------------------------------------------------------
 
@@ -505,7 +507,7 @@ class OnnxOps:
         return Value(name, x.width)
 
     def time_step(self, dt: Value, bias: Weight | None, limit: tuple[float, float]) -> Value:
-        return Value(onnx_mamba.time_step(self, self._use(dt), bias, limit), dt.width)
+        return Value(onnx_mamba.time_step(self, self._use(dt), dt.width, bias, limit), dt.width)
 
     def selective_scan(
         self,
