@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from edge_mmllm._children import python_command
 from edge_mmllm.profiling.cgroup import CgroupLimits, cgroup_limits
 from edge_mmllm.profiling.machine import Machine, read_machine
 
@@ -133,7 +133,7 @@ def try_import(module: str) -> str | None:
     """Imports `module` in a child process. Returns the last line of what went wrong, or None."""
     try:
         child = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
+            python_command(f"import {module}"),
             capture_output=True,
             text=True,
             errors="replace",

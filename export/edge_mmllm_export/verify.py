@@ -1,10 +1,7 @@
 """The quality gate: the exported artefact, run by its real engine, against the float32 oracle.
 
-Runs in a child process of its own, so that its memory is not the export's:
-
-    python -m edge_mmllm_export.verify REQUEST.json
-
-reads the request, writes `golden.npz` into the draft bundle and prints the figures as JSON.
+Runs in a child process of its own, so that its memory is not the export's: `main` reads the
+request as JSON on stdin, writes `golden.npz` into the draft bundle and prints the figures as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_mmllm._children import python_command
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
 from edge_mmllm_export.quantize.schemes import F32, QuantPlan, Scheme
 
@@ -105,7 +103,7 @@ def judge(request: Request) -> dict[str, Any]:
     Raises:
         ExportError: the child failed; its message says why.
     """
-    command = [sys.executable, "-m", "edge_mmllm_export.verify"]
+    command = python_command("from edge_mmllm_export import verify; sys.exit(verify.main())")
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -226,6 +224,3 @@ def main() -> int:
     json.dump(figures, sys.stdout)
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -243,3 +243,18 @@ def test_a_killed_export_leaves_no_bundle(
     assert cli(*words).status == 0
     assert [path.name for path in folder.iterdir()] == ["out"]
     open_bundle(folder / "out", verify="hashes")
+
+
+def test_nothing_is_imported_from_the_working_folder(chat_checkpoint: Path, tmp_path: Path) -> None:
+    """The folder may be somebody else's checkpoint: the gate's child must not run its code."""
+    hostile = tmp_path / "hostile"
+    shutil.copytree(chat_checkpoint, hostile)
+    for name in ("numpy", "onnxruntime", "json", "edge_mmllm_export"):
+        (hostile / f"{name}.py").write_text("open('RAN', 'w')\nraise SystemExit('hostile')\n")
+    script = Path(sys.executable).with_name("edge-mmllm")
+    words = [script, "export", ".", "--out", tmp_path / "out", "--quant", "int8", "--threads", "1"]
+    done = subprocess.run(words, cwd=hostile, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    doctor = subprocess.run([script, "doctor"], cwd=hostile, capture_output=True, check=False)
+    assert doctor.returncode == 0
+    assert not (hostile / "RAN").exists()
