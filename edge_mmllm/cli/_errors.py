@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ _PARTS = ("where", "expected", "found", "fix")
 
 def guarded(call: Callable[[], Any], args: Sequence[str] | None) -> NoReturn:
     """Runs a command and ends the process with its status."""
+    open_standard_streams()
     words = list(sys.argv[1:] if args is None else args)
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
@@ -60,6 +61,21 @@ def guarded(call: Callable[[], Any], args: Sequence[str] | None) -> NoReturn:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def open_standard_streams() -> None:
+    """Puts the null device in place of standard streams that the caller closed (`>&-`).
+
+    Python has None there; and the next file opened would get the stream's number, and with it
+    whatever a library prints to it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+
+
 def _show(error: EdgeError, status: int, as_json: bool) -> NoReturn:
     say(f"error: {error}")
     fail(type(error).__name__, describe(error), status, as_json)
@@ -73,7 +89,9 @@ def describe(error: EdgeError) -> dict[str, str | None]:
 def fail(kind: str, parts: dict[str, str | None], status: int, as_json: bool) -> NoReturn:
     """Ends the process; with `--json` the error is the one document on stdout."""
     if as_json:
-        emit({"error": {"type": kind, "what": None, **dict.fromkeys(_PARTS), **parts}})
+        document = {"type": kind, "what": None, **dict.fromkeys(_PARTS), **parts}
+        with suppress(OSError):  # stdout may be what failed
+            emit({"error": document})
     sys.exit(status)
 
 

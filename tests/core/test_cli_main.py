@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -211,3 +212,25 @@ def test_only_the_last_part_of_a_path_is_recorded(tmp_path: Path) -> None:
     assert last_part(str(tmp_path / "out" / "new")) == "new"
     assert last_part("./here") == "here"
     assert last_part("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", ["run {} --prompt x --max-new-tokens 2", "chat {}", "check {}"])
+def test_standard_streams_may_be_closed(base_bundle: Path, words: str, closed: str) -> None:
+    words = words.format(shlex.quote(str(base_bundle)))
+    command = f"{shlex.quote(sys.executable)} -m edge_mmllm {words} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    # The bundle has no tokenizer: wrong usage for run and chat.
+    assert done.returncode == (0 if words.startswith("check") else 2)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_behind_stdout_is_one_message(base_bundle: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "edge_mmllm", "inspect", base_bundle, "--json"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
