@@ -233,7 +233,7 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
     ):
         raise UsageError(
             "--context does not fit the model",
-            expected=f"1 to {model.context_length}",
+            expected=f"1 to {model.context_length or 'any number'}",
             found=str(options.context),
         )
     weights = bind(
@@ -244,6 +244,8 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
         schemes=options.plan.of,
     )
     _check_overrides(options.plan, weights)
+    if options.gate:
+        verify.gate_text(options.gate_text)
     text = _text(checkpoint, options.tokenizer, model.vocab_size)
     workers = options.workers or default_threads()
     groups = _groups(weights)

@@ -28,6 +28,12 @@ GATE_TOKENS = 256
 #: Positions whose logits go into the golden vectors.
 GOLDEN_ROWS = 8
 _TEXT = Path(__file__).with_name("gate_text.txt")
+#: Read of a text: more than enough for `GATE_TOKENS`.
+_TEXT_CHARACTERS = 1 << 16
+#: Exit statuses of the child.
+_USAGE, _OUT_OF_MEMORY = 2, 3
+#: By SIGKILL, as the kernel does where memory is short.
+_KILLED = -9
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ def judge(request: Request) -> dict[str, Any]:
     """Run the gate in a child. Returns its figures.
 
     Raises:
+        UsageError: the text to judge by cannot be used.
         ExportError: the child failed; its message says why.
     """
     command = python_command("from edge_mmllm_export import verify; sys.exit(verify.main())")
@@ -113,6 +120,15 @@ def judge(request: Request) -> dict[str, Any]:
         child.kill()
         child.wait()
         raise
+    if child.returncode in (_OUT_OF_MEMORY, _KILLED):
+        raise ExportError(
+            "the quality gate ran out of memory",
+            found=f"exit status {child.returncode}",
+            fix="more memory, --gate off and `edge-mmllm check` on a larger machine; "
+            "--dry-run says what the gate needs",
+        )
+    if child.returncode == _USAGE:
+        raise UsageError(errors.strip())
     if child.returncode != 0:
         raise ExportError(
             "the quality gate could not run the exported artefact",
@@ -132,15 +148,35 @@ def gate_tokens(encode: Any, vocab_size: int, limit: int, text: str | None) -> t
     if encode is None:
         ids = np.random.default_rng(0).integers(0, vocab_size, limit, dtype=np.int64)
         return ids, "random token ids (the bundle has no tokenizer)"
-    source = Path(text) if text else _TEXT
-    try:
-        content = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("the gate's text cannot be read", where=str(source)) from error
+    content = gate_text(text)
     ids = np.asarray(encode(content)[:limit], np.int64)
     if len(ids) < 2:
-        raise UsageError("the gate's text is too short", where=str(source), found=repr(content))
-    return ids, source.name if text else "built-in multilingual text"
+        raise UsageError(
+            "the gate's text is too short",
+            where=text,
+            expected="at least 2 tokens",
+            found=repr(content),
+        )
+    return ids, Path(text).name if text else "built-in multilingual text"
+
+
+def gate_text(path: str | None) -> str:
+    """The beginning of the text to judge by; None: the built-in one.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    source = Path(path) if path else _TEXT
+    try:
+        with source.open(encoding="utf-8") as file:
+            return file.read(_TEXT_CHARACTERS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "the gate's text cannot be read",
+            where=str(source),
+            expected="a text file in UTF-8",
+            found=str(error),
+        ) from error
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -217,10 +253,9 @@ def main() -> int:
         figures = run(request)
     except EdgeError as error:
         sys.stderr.write(f"{error}\n")
-        return 1
+        return _USAGE if isinstance(error, UsageError) else 1
     except MemoryError:
-        sys.stderr.write("out of memory\n")
-        return 1
+        return _OUT_OF_MEMORY
     json.dump(figures, sys.stdout)
     return 0
 

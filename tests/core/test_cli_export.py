@@ -18,6 +18,7 @@ import pytest
 
 from edge_mmllm.bundle import open_bundle
 from edge_mmllm.cli.export import QUANT_NAMES
+from edge_mmllm_export import verify
 from edge_mmllm_export.quantize import schemes
 
 REFERENCES = Path(__file__).resolve().parents[1] / "goldens" / "references"
@@ -258,3 +259,30 @@ def test_nothing_is_imported_from_the_working_folder(chat_checkpoint: Path, tmp_
     doctor = subprocess.run([script, "doctor"], cwd=hostile, capture_output=True, check=False)
     assert doctor.returncode == 0
     assert not (hostile / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"\xff\xfe\x00", "cannot be read"), (b"", "too short")]
+)
+def test_a_text_that_cannot_judge_is_wrong_usage(
+    cli: Callable[..., Any], chat_checkpoint: Path, tmp_path: Path, content: bytes, what: str
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_bytes(content)
+    done = cli("export", chat_checkpoint, "--out", out, "--gate-text", text, "--json")
+    assert done.status == 2
+    assert done.json["error"]["type"] == "UsageError"
+    assert what in done.json["error"]["what"]
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_gate_out_of_memory_says_so(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(verify, "python_command", lambda _: [sys.executable, "-c", code])
+    out = tmp_path / "out"
+    done = cli("export", REFERENCES / "mamba2", "--out", out, "--threads", 1, "--json")
+    assert done.status == 1
+    assert "out of memory" in done.json["error"]["what"]
+    assert not list(tmp_path.iterdir())
