@@ -294,6 +294,16 @@ def test_plan(plan, matrix, embedding):
     assert plan.of(NORM) is F32
 
 
+def test_an_embedding_never_has_a_float_minimum():
+    """GatherBlockQuantized takes integer zero points only: such a graph does not load."""
+    plan = QuantPlan("int4", zero="float", embedding="int4")
+    assert plan.of(EMBED).name == "int4-b32-asym"
+    assert plan.of(HEAD).name == plan.of(MATRIX).name == "int4-b32-min"
+    for override in ("*=int4-min", "emb*=int4-b64-min"):
+        with pytest.raises(UsageError, match="float minimum"):
+            QuantPlan(overrides=(parse_override(override),)).of(EMBED)
+
+
 def test_embedding_blocks_divide_the_row():
     plan = QuantPlan("int8", 128)
     for k, name in ((256, "int8-b128"), (192, "int8-b64"), (48, "int8-b16"), (40, "f16")):
@@ -326,7 +336,7 @@ def test_parse_override(text, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "=int4", "a=", "a=int3", "a=int4-b33", "a=int4-x", "a=b32"]
+    "text", ["", "a", "=int4", "a=", "a=int3", "a=int4-b33", "a=int4-x", "a=b32", "a=int8-min"]
 )
 def test_a_malformed_override_is_refused(text):
     with pytest.raises(UsageError, match="cannot read the override"):

@@ -40,6 +40,7 @@ BLOCKS = {
     "int8-b64": QuantPlan("int8", 64),
     "int8-b128": QuantPlan("int8", 128),
     "int4-embedding": QuantPlan("int4", zero="int", embedding="int4"),
+    "int4-embedding-min": QuantPlan("int4", zero="float", embedding="int4"),
     "mixed": QuantPlan(
         overrides=tuple(
             map(

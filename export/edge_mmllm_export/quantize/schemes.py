@@ -98,6 +98,13 @@ class QuantPlan:
             return F32
         for pattern, scheme in reversed(self.overrides):
             if fnmatch.fnmatchcase(p.name, pattern):
+                if p.role == "embedding" and scheme.quantized and scheme.zero == "float":
+                    raise UsageError(
+                        "an embedding cannot be stored with a float minimum",
+                        where=p.name,
+                        expected=f"{scheme.name.removesuffix('-min')}, or with -asym",
+                        found=f"{pattern}={scheme.name}",
+                    )
                 return _fit(scheme, p)
         if p.role in ("embedding", "head"):
             name = self.embedding or ("int8" if self.name == "int4" else self.name)
@@ -105,6 +112,9 @@ class QuantPlan:
             if scheme.bits == 8 and self.name == "int4":
                 # At 8 bits a block of 128 costs no quality and 0.75 bits less than one of 32.
                 scheme = replace(scheme, block_size=max(128, self.block_size))
+            if p.role == "embedding" and scheme.zero == "float":
+                # Rows are picked by GatherBlockQuantized, whose zero points are integers.
+                scheme = replace(scheme, zero="int")
             return _fit(scheme, p)
         return _fit(self._scheme(self.name), p)
 
@@ -141,14 +151,16 @@ def parse_override(text: str) -> tuple[str, Scheme]:
         for part in parts[1:]:
             if part.startswith("b") and part[1:].isdigit() and int(part[1:]) in BLOCK_SIZES:
                 scheme = replace(scheme, block_size=int(part[1:]))
-            elif part in ("asym", "min"):
-                scheme = replace(scheme, zero="int" if part == "asym" else "float")
+            elif part == "asym":
+                scheme = replace(scheme, zero="int")
+            elif part == "min" and scheme.bits == 4:  # no kernel takes 8 bits with a minimum
+                scheme = replace(scheme, zero="float")
             else:
                 break
         else:
             return pattern, scheme
     raise UsageError(
         f"cannot read the override {text!r}",
-        expected="PATTERN=f32|f16|int8|int4[-bSIZE][-asym|-min]",
+        expected="PATTERN=f32|f16|int8[-bSIZE][-asym]|int4[-bSIZE][-asym|-min]",
         fix="for example --override 'layers.0.*=int8-b64'",
     )
