@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
 from edge_mmllm.errors import SessionError, UsageError
 from edge_mmllm_runtime.engine import Float32, Int64
+
+#: A temperature or penalty beyond these is taken as these: float32 could not tell them apart.
+_TINY, _HUGE = 1e-20, 1e20
 
 #: Tokens looked at first for `top_p`: enough for nearly every distribution of a trained model.
 _FIRST_CANDIDATES = 256
@@ -47,6 +51,18 @@ class Sampling:
         Raises:
             UsageError: names the value and its range.
         """
+        for name, kind in (
+            ("temperature", Real), ("top_k", Integral), ("top_p", Real), ("min_p", Real),
+            ("repetition_penalty", Real), ("seed", Integral),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (
+                isinstance(value, kind) or (name == "seed" and value is None)
+            ):
+                raise UsageError(
+                    f"{name} is no {'number' if kind is Real else 'whole number'}",
+                    found=repr(value)[:80],
+                )
         for name, good, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
@@ -72,7 +88,8 @@ class Sampler:
 
     def __init__(self, settings: Sampling, vocab_size: int, seen: Iterable[int] = ()) -> None:
         self._settings = settings
-        self._penalty = settings.repetition_penalty
+        self._penalty = min(max(float(settings.repetition_penalty), _TINY), _HUGE)
+        self._temperature = np.float32(min(max(float(settings.temperature), _TINY), _HUGE))
         self._seen: set[int] = set(seen) if self._penalty != 1 else set()
         self._seen.discard(-1)  # embeddings have no id
         self._vocab_size = vocab_size
@@ -106,7 +123,8 @@ class Sampler:
         logits = logits.copy()
         ids = np.fromiter(self._seen, np.int64, len(self._seen))
         values = logits[ids]
-        logits[ids] = np.where(values > 0, values / self._penalty, values * self._penalty)
+        with np.errstate(over="ignore"):  # an infinite one is refused by `pick`
+            logits[ids] = np.where(values > 0, values / self._penalty, values * self._penalty)
         return logits
 
     def _draw(self, logits: Float32, best: float) -> int:
@@ -116,7 +134,8 @@ class Sampler:
             ids = largest(logits, settings.top_k)
             logits = logits[ids]
         # Weights relative to the likeliest token, whose own is 1.
-        weights = np.exp((logits - np.float32(best)) / np.float32(settings.temperature))
+        with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
+            weights = np.exp((logits - np.float32(best)) / self._temperature)
         if settings.top_p < 1:
             kept = _nucleus(weights, settings.top_p)
             ids, weights = kept if ids is None else ids[kept], weights[kept]

@@ -140,3 +140,25 @@ def test_masked_logits_are_never_drawn():
 def test_values_without_meaning(settings):
     with pytest.raises(UsageError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+def test_extreme_settings_are_what_they_tend_to():
+    cold = draws(SMALL, 50, temperature=1e-300)
+    assert (cold == SMALL.argmax()).all()
+    hot = draws(SMALL, 2000, temperature=1e300)
+    assert (np.bincount(hot, minlength=5) > 300).all()
+    sampler = Sampler(Sampling(repetition_penalty=1e300), 5, seen=[0])
+    assert sampler.pick(np.array([5, 1, 0, 0, 0], np.float32)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": "hot"}, {"top_k": 2.5}, {"seed": 1.5}, {"top_p": None}, {"min_p": True}],
+)
+def test_values_of_a_wrong_type_are_wrong_usage(settings):
+    with pytest.raises(UsageError, match=next(iter(settings))):
+        Sampling(**settings)
+
+
+def test_numpy_numbers_are_fine():
+    Sampling(np.float32(0.5), np.int64(4), np.float64(0.9), seed=np.int32(3))
