@@ -258,4 +258,3 @@ def main() -> int:
         return _OUT_OF_MEMORY
     json.dump(figures, sys.stdout)
     return 0
-

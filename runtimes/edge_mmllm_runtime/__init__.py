@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import os
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,15 @@ def load(
     bundle = open_bundle(path)
     spec = bundle.spec
     name = _engine_name(engine, bundle.manifest.engine)
+    context = _whole("context", context)
+    threads = _whole("threads", threads)
     context = _context(context, spec.context_length, any(s.grows for s in spec.states))
-    if threads is not None and threads < 1:
-        raise UsageError("threads must be at least 1", found=str(threads))
+    if threads is not None and not 1 <= threads <= most_threads():
+        raise UsageError(
+            "threads does not fit this machine",
+            expected=f"1 to {most_threads()}",
+            found=str(threads),
+        )
     options = EngineOptions(threads or default_threads(), context, prepacked_cache)
     open_engine = _opener(name)
 
@@ -79,6 +86,21 @@ def load(
         return Text(spec.text, bundle.file(file).read_bytes() if file else None)
 
     return Session(open_engine(bundle, options), spec, bundle.sha256, make_text, context=context)
+
+
+def most_threads() -> int:
+    """More threads than this only get in each other's way: a hundred thousand never start."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
+def _whole(name: str, value: int | None) -> int | None:
+    """`value` as an int, numpy's included. Raises: UsageError."""
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"{name} must be a whole number", found=repr(value)[:80]) from error
 
 
 def _engine_name(asked: str | None, named: str) -> str:

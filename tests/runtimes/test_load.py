@@ -67,8 +67,13 @@ def test_snapshots_are_bound_to_the_bundle(attention, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"engine": "gguf"}, {"threads": 0}, {"context": 0}, {"context": 257}], ids=str
-)
+    "arguments",
+    [
+        {"engine": "gguf"}, {"threads": 0}, {"threads": 100_000}, {"threads": 1.5},
+        {"threads": "2"}, {"context": 0}, {"context": 257}, {"context": 2.5}, {"context": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_arguments_that_do_not_fit(attention, arguments):
     with pytest.raises(UsageError):
         edge_mmllm.load(attention[1], **arguments)
