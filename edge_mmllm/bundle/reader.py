@@ -137,7 +137,9 @@ def read_folder(path: Path) -> Bundle:
             "a bundle is a folder",
             where=str(path),
             found="a file",
-            fix=f"unpack it first: unpack_bundle({path.name!r}, FOLDER)",
+            fix="give the folder that holds it"
+            if path.name == MANIFEST_FILE
+            else f"unpack it first: edge-mmllm unpack {path.name} FOLDER",
         )
     if not path.is_dir():
         aside = path.parent / f".{path.name}.edge-old"

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @click.argument("bundle", metavar="BUNDLE")
-@click.option("--prompt-tokens", type=POSITIVE, default=512, show_default=True, metavar="N")
-@click.option("--new-tokens", type=POSITIVE, default=64, show_default=True, metavar="N")
+@click.option(
+    "--prompt-tokens",
+    type=POSITIVE,
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the prompt.",
+)
+@click.option("--new-tokens", type=POSITIVE, default=64, show_default=True, metavar="N",
+              help="Tokens decoded after it.")  # fmt: skip
 @click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="N",
               help="Timed runs, after one to warm up.")  # fmt: skip
 @threads_option

@@ -181,7 +181,7 @@ class Text:
         if self.spec.chat_template is None:
             raise UsageError(
                 "this model has no chat template: it is a base model",
-                fix="pass a plain prompt instead of messages",
+                fix="pass a plain prompt instead of messages; on the command line, chat --raw",
             )
         return ChatTemplate(self.spec.chat_template)
 

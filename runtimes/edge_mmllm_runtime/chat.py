@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from edge_mmllm.errors import EdgeError
+from edge_mmllm.errors import ContextFull, EdgeError
 from edge_mmllm_runtime.answer import Answer, AnswerSettings, Write, answer
 from edge_mmllm_runtime.generation import Prompt
 from edge_mmllm_runtime.session import Session
@@ -96,6 +96,9 @@ def chat(
             try:
                 with interruptible() as cancelled:
                     given = conversation.say(line, write, cancelled)
+            except ContextFull as error:
+                note(f"error: {error.what}: /reset forgets the conversation, --context makes room")
+                continue
             except EdgeError as error:
                 note(f"error: {error}")
                 continue

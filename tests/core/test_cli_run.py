@@ -93,6 +93,18 @@ def test_bad_settings(
     assert done.json["error"]["type"] == kind
 
 
+def test_a_chat_beyond_its_context_says_how_to_go_on(
+    cli: Callable[..., Any], chat_bundle: Path
+) -> None:
+    typed = "Hello\nHello\n/reset\nHello\n"
+    done = cli("chat", chat_bundle, "--context", 40, *SHORT, stdin=typed)
+    assert done.status == 0
+    assert done.stderr.count("/reset forgets the conversation") == 1
+    answers = done.stdout.splitlines()
+    assert len(answers) >= 2
+    assert done.stdout.count(answers[0]) == 2  # before and after the reset
+
+
 def test_a_bundle_without_a_tokenizer(cli: Callable[..., Any], base_bundle: Path) -> None:
     done = cli("run", base_bundle, "--prompt", "x")
     assert done.status == 2
