@@ -23,6 +23,7 @@
         ├── ContextFull          no room for the tokens asked for
         ├── SessionClosed
         ├── StateMismatch        a snapshot of another bundle
+        ├── CorruptState         a state file that is damaged, or none at all
         └── Cancelled            a prefill was cancelled between chunks
 
 A message says what, where, expected, found, and the fix: give each as its own
@@ -173,6 +174,10 @@ class SessionClosed(SessionError):
 
 class StateMismatch(SessionError):
     """A snapshot that belongs to another bundle or another context."""
+
+
+class CorruptState(SessionError):
+    """A `.state` file that is damaged, cut short, or no state file at all."""
 
 
 class Cancelled(SessionError):

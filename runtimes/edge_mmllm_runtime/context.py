@@ -6,24 +6,28 @@ touches the state: after a `UsageError` or `ContextFull` everything is as it was
 
 from __future__ import annotations
 
-import operator
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from edge_mmllm.errors import ContextFull, SessionClosed, StateMismatch, UsageError
+from edge_mmllm.errors import ContextFull, SessionClosed, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
+from edge_mmllm_runtime.inputs import check_positions, checked_embeddings, checked_ids
+from edge_mmllm_runtime.prompt_cache import PromptCache
 from edge_mmllm_runtime.snapshot import Snapshot
+from edge_mmllm_runtime.storage import Storage, check_storage, pack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Called between the chunks of a long prefill with (tokens done, tokens in all). Whatever it
-#: raises (`Cancelled`, by convention) ends the prefill and undoes it.
+#: Called between the chunks of a long prefill (a restored beginning counts as one) with (tokens
+#: done, tokens in all). Whatever it raises (`Cancelled`, by convention) ends the prefill and
+#: undoes it.
 Progress = Callable[[int, int], None]
 
 #: Tokens of one prefill run.
@@ -41,8 +45,11 @@ class Context:
         engine: the adapter; closed with the context.
         spec: the model, as the manifest says it.
         bundle_sha256: identity of the bundle; snapshots are bound to it.
-            context: tokens the session may hold; None for no limit.
+        context: tokens the session may hold; None for no limit.
         chunk: tokens of one prefill run.
+
+    Attributes:
+        prompt_cache: states of prompts that `prefill` need not read again.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Context:
     ) -> None:
         self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
         self.context = context
+        self.prompt_cache = PromptCache()
         self._engine: Engine | None = engine
         self._position = 0
         self._tokens: array[int] | None = array("i")
@@ -117,6 +125,9 @@ class Context:
     ) -> Float32:
         """Adds tokens (or embeddings) to the context, in chunks of `self.chunk`.
 
+        Into an empty context, what `prompt_cache` has of the tokens is restored instead; the
+        logits may then differ from a full prefill's by rounding, as other chunks make them differ.
+
         Args:
             tokens_or_embeddings: ids `(n,)`, or float32 `(n, hidden)` where the decoder takes
                 embeddings; n >= 1.
@@ -136,13 +147,16 @@ class Context:
             raise UsageError("unknown value of logits", expected="last or all", found=repr(logits))
         x = self._checked(tokens_or_embeddings)
         total = len(x)
-        self._check_positions(positions, total)
+        check_positions(positions, self._position, total)
         self._check_room(total)
-        start = self._position
-        mark = engine.mark(start) if total > self.chunk else None
+        restored = self._restore_prefix(x) if not self._position and logits == "last" else 0
+        if restored == total and self._logits is not None:
+            return self._logits.copy()
+        start = self._position - restored
+        mark = engine.mark(start) if total > self.chunk and not restored else None
         parts = []
         try:
-            for begin in range(0, total, self.chunk):
+            for begin in range(restored, total, self.chunk):
                 if begin and progress is not None:
                     progress(begin, total)
                 part = x[begin : begin + self.chunk]
@@ -154,11 +168,13 @@ class Context:
                     rows = np.empty(0, np.int64)
                 parts.append(engine.forward(part, start + begin, rows))
         except BaseException:
-            if mark is not None:
+            if restored:
+                self.reset()
+            elif mark is not None:
                 engine.rollback(mark)
             raise
         result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
-        self._advance(x.tolist() if x.ndim == 1 else [-1] * total)
+        self._advance(x[restored:].tolist() if x.ndim == 1 else [-1] * total)
         self._logits = result if logits == "last" else result[-1].copy()
         return result
 
@@ -223,12 +239,24 @@ class Context:
 
     # -- snapshots --------------------------------------------------------------------------
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the state; `restore` it any number of times to branch."""
+    def snapshot(self, storage: Storage = "f32") -> Snapshot:
+        """A copy of the state; `restore` it any number of times to branch.
+
+        Args:
+            storage: `f32` is exact. `f16` and `int8` take a half and about a quarter of it; what
+                follows drifts (see docs/state.md for how far).
+
+        Raises:
+            UsageError: an unknown storage.
+            SessionError: a value does not fit the storage.
+        """
+        check_storage(storage)
+        states = self.engine.save(self._position)
         return Snapshot(
             bundle_sha256=self.bundle_sha256,
             position=self._position,
-            states=self.engine.save(self._position),
+            data=pack(self.spec.states, states, self._position, storage),
+            storage=storage,
             logits=None if self._logits is None else self._logits.copy(),
             tokens=None if self._tokens is None else self._tokens[:],
         )
@@ -241,28 +269,48 @@ class Context:
             ContextFull: it has more tokens than this context's capacity; nothing was changed.
         """
         engine = self.engine
-        if snapshot.bundle_sha256 != self.bundle_sha256:
-            raise StateMismatch(
-                "the snapshot belongs to another bundle",
-                expected=self.bundle_sha256,
-                found=snapshot.bundle_sha256,
-                fix="restore it in a session of the bundle it was taken from",
-            )
+        snapshot.check(self.spec, self.bundle_sha256, self.context)
+        engine.load(snapshot.states(self.spec), snapshot.position)
         tokens, logits = snapshot.tokens, snapshot.logits
-        if (
-            snapshot.position < 0
-            or (tokens is not None and len(tokens) != snapshot.position)
-            or (logits is not None and logits.shape != (self.spec.vocab_size,))
-        ):
-            raise StateMismatch("the snapshot is damaged", found=f"position {snapshot.position}")
-        if self.context is not None and snapshot.position > self.context:
-            raise ContextFull(0, snapshot.position, self.context)
-        engine.load(snapshot.states, snapshot.position)
         self._set(
             snapshot.position,
             None if tokens is None else tokens[:],
             None if logits is None else logits.copy(),
         )
+
+    def save_state(self, path: str | os.PathLike[str], storage: Storage = "f32") -> int:
+        """Writes the state to a `.state` file, atomically. See `Snapshot.save`.
+
+        Returns:
+            The file's size in bytes: the states' and at most 4,095 more.
+
+        Raises:
+            UsageError, SessionError: see `snapshot`.
+            OSError: it cannot be written.
+        """
+        return self.snapshot(storage).save(path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> int:
+        """Goes over to the state in a `.state` file of this bundle.
+
+        Returns:
+            Tokens in the state.
+
+        Raises:
+            CorruptState: the file is damaged, or no state file; nothing was changed.
+            StateMismatch, ContextFull: see `restore`; nothing was changed.
+            OSError: it cannot be read.
+        """
+        self.restore(Snapshot.load(path, self.spec, self.bundle_sha256, self.context))
+        return self._position
+
+    def _restore_prefix(self, x: Int64 | Float32) -> int:
+        """Puts the longest cached beginning of the ids `x` into the state; its length."""
+        found = self.prompt_cache.longest(x) if x.ndim == 1 else None
+        if found is None:
+            return 0
+        self.restore(found)
+        return found.position
 
     # -- checks and bookkeeping -------------------------------------------------------------
 
@@ -275,13 +323,7 @@ class Context:
         if isinstance(x, np.ndarray) and x.dtype.kind == "f":
             if not self.engine.accepts_embeddings:
                 raise UsageError("this bundle's decoder takes token ids, not embeddings")
-            if x.ndim != 2 or x.shape[1] != self.spec.hidden_size or not len(x):
-                raise UsageError(
-                    "embeddings of a wrong shape",
-                    expected=f"(n >= 1, {self.spec.hidden_size})",
-                    found=str(x.shape),
-                )
-            return np.ascontiguousarray(x, np.float32)
+            return checked_embeddings(cast("Float32", x), self.spec.hidden_size)
         return self.check_ids(x)
 
     def check_ids(self, ids: Any) -> Int64:
@@ -291,17 +333,6 @@ class Context:
             UsageError: empty, not integers, or outside the vocabulary.
         """
         return checked_ids(ids, self.spec.vocab_size)
-
-    def _check_positions(self, positions: Sequence[int] | Int64 | None, count: int) -> None:
-        if positions is None:
-            return
-        expected = np.arange(self._position, self._position + count)
-        if not np.array_equal(np.asarray(positions), expected):
-            raise UsageError(
-                "this bundle takes sequential positions only",
-                expected=f"{self._position} to {self._position + count - 1}",
-                fix="leave positions out",
-            )
 
     def _check_room(self, count: int) -> None:
         if self.context is not None and self._position + count > self.context:
@@ -339,39 +370,3 @@ class Context:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def checked_ids(ids: Any, vocab_size: int) -> Int64:
-    """Token ids as int64 `(n,)`.
-
-    Raises:
-        UsageError: empty, not integers, or outside the vocabulary.
-    """
-    if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "iu" or ids.ndim != 1:
-            raise UsageError(
-                "token ids must be integers in one dimension",
-                found=f"{ids.dtype} {ids.shape}",
-            )
-        values = ids
-    else:
-        try:
-            values = np.array([_index(i) for i in ids], dtype=np.int64)
-        except (TypeError, OverflowError) as error:
-            raise UsageError("token ids must be integers", found=str(error)) from error
-    if not values.size:
-        raise UsageError("no tokens given", expected="at least one token")
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= vocab_size:
-        raise UsageError(
-            "a token id is outside the vocabulary",
-            expected=f"0 to {vocab_size - 1}",
-            found=str(low if low < 0 else high),
-        )
-    return np.ascontiguousarray(values, np.int64)
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError("a bool")
-    return operator.index(value)

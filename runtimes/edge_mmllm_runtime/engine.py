@@ -100,7 +100,10 @@ class Engine(Protocol):
         ...
 
     def save(self, position: int) -> Arrays:
-        """Copies of the states; of those that grow, the first `position` tokens."""
+        """The states, perhaps as views that the next call overwrites.
+
+        Of those that grow, the first `position` tokens.
+        """
         ...
 
     def load(self, states: Arrays, position: int) -> None:

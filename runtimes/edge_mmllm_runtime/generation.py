@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_mmllm.errors import ContextFull, UsageError
 from edge_mmllm_runtime.engine import Float32
+from edge_mmllm_runtime.inputs import common_prefix
 from edge_mmllm_runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -121,17 +122,12 @@ def _read(session: Session, ids: list[int], reuse: bool, progress: Progress | No
         known = common_prefix(session.tokens, ids)
         if known == len(ids) == session.position and session.logits is not None:
             return session.logits
-        if known and session.rewind(min(known, len(ids) - 1)):
+        cached = session.prompt_cache.longest(np.asarray(ids))
+        better = cached is not None and cached.position > known
+        if known and not better and session.rewind(min(known, len(ids) - 1)):
             return session.prefill(ids[session.position :], progress=progress)
     session.reset()
     return session.prefill(ids, progress=progress)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
-    shared = min(len(a), len(b))
-    differ = np.flatnonzero(np.asarray(a[:shared]) != np.asarray(b[:shared]))
-    return int(differ[0]) if differ.size else shared
 
 
 def pieces(session: Session, ids: Iterator[int], stop: StopMatcher) -> Iterator[str]:

@@ -16,7 +16,9 @@ from edge_mmllm_runtime import generation
 from edge_mmllm_runtime.context import CHUNK, Context, Progress
 from edge_mmllm_runtime.engine import Engine
 from edge_mmllm_runtime.generation import FinishReason, Prompt
+from edge_mmllm_runtime.prefixes import cache_prompt, sharing
 from edge_mmllm_runtime.sampling import Sampling
+from edge_mmllm_runtime.storage import Storage
 
 if TYPE_CHECKING:
     from edge_mmllm.text import Text
@@ -157,14 +159,39 @@ class Session(Context):
     ) -> list[str]:
         """Answers each prompt from an empty context, one after the other.
 
-        All prompts are checked before the first is read. With a seed, each answer is the one
-        that `generate` gives with that seed.
+        All prompts are checked before the first is read. Nothing is padded: with a seed, each
+        answer is the one that `generate` gives with that seed. A beginning that all prompts
+        share is read once, where it is long enough to pay and fits into `prompt_cache` beside
+        what is there.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
         """
-        streams = [self._generate(p, max_new_tokens, sampling, stop) for p in prompts]
-        return ["".join(stream) for stream in streams]
+        ids = [generation.encode_prompt(self, p) for p in prompts]
+        streams = [self._generate(p, max_new_tokens, sampling, stop) for p in ids]
+        with sharing(self, ids):
+            return ["".join(stream) for stream in streams]
+
+    def cache_prompt(self, prompt: Prompt, storage: Storage = "f32") -> int:
+        """Reads a prompt and keeps the state after it in `prompt_cache`.
+
+        From then on every `generate` from an empty context, and every `prefill` into one, whose
+        prompt begins with the same tokens restores that state instead of reading them. The
+        session's own state is that of the cached tokens afterwards.
+
+        Args:
+            prompt: text or chat messages, which other prompts begin with (what their last
+                tokens may become once more follows is left out); or token ids, kept whole.
+            storage: see `snapshot`; what follows a state in `f16` or `int8` drifts.
+
+        Returns:
+            Tokens cached; 0: the prompt shares no token with a longer one, nothing was done.
+
+        Raises:
+            UsageError: no such prompt; a state larger than `prompt_cache.limit_bytes`.
+            ContextFull: nothing was changed.
+        """
+        return cache_prompt(self, prompt, storage)
 
     def _generate(
         self,

@@ -102,9 +102,7 @@ class StateBuffers:
 
     def save(self, position: int) -> Arrays:
         """See `Engine.save`."""
-        return {
-            s.name: self.pairs[s.name][self.parity][_first(s, position)].copy() for s in self.specs
-        }
+        return {s.name: self.pairs[s.name][self.parity][_first(s, position)] for s in self.specs}
 
     def load(self, states: Arrays, position: int) -> None:
         """See `Engine.load`.
