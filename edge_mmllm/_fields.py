@@ -143,10 +143,6 @@ class Fields:
             raise self.fail(name, "a finite number of at least 0")
         return number
 
-    def maybe_number(self, name: str) -> float | None:
-        """As `number`; null or absent gives None."""
-        return None if self.value.get(name) is None else self.number(name)
-
     def flag(self, name: str, default: bool | None = None) -> bool:
         """true or false; `default` where absent, unless that is None."""
         value: bool = self._typed(name, bool, _MISSING if default is None else default)

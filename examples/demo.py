@@ -53,7 +53,8 @@ def main() -> None:
         measured = edge("bench", bundle, "--prompt-tokens", "256", "--new-tokens", "32", "--json")
         records.append({"name": name, **json.loads(measured)})
         notes.append((f"{name}: {prompt}", answer))
-    notes.append(("This device", edge("doctor")))
+    machine = json.loads(edge("doctor", "--json"))["machine"]
+    notes.append(("This device", json.dumps(machine, indent=2)))
     write_html(OUT / "report.html", "edge-mmllm demo", records, notes=notes)
     print(f"\nreport: {OUT / 'report.html'}")
 
