@@ -33,13 +33,14 @@ def huge_pages(maps: Path = Path("/proc/self/maps")) -> Iterator[None]:
 
 
 def _anonymous(maps: Path) -> Iterator[tuple[int, int]]:
-    """Address ranges `(start, stop)` of private writable memory without a file or a name."""
+    """Address ranges `(start, stop)` of private writable memory without a file: mappings of
+    their own, and the heap, where the smaller weights lie."""
     if not sys.platform.startswith("linux"):
         return
     with suppress(OSError, ValueError):
         for line in maps.read_text().splitlines():
             fields = line.split(maxsplit=5)
-            if fields[1] == "rw-p" and fields[4] == "0" and len(fields) == 5:
+            if fields[1] == "rw-p" and fields[4] == "0" and fields[5:] in ([], ["[heap]"]):
                 start, _, stop = fields[0].partition("-")
                 yield int(start, 16), int(stop, 16)
 

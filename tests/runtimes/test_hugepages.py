@@ -33,12 +33,13 @@ def test_only_new_anonymous_memory_in_whole_huge_pages(
                     _line(9 * MB, 25 * MB),  # grew on both sides: 9-10 holds no whole page
                     _line(31 * MB, 33 * MB),  # two half pages
                     _line(40 * MB, 45 * MB),
-                    _line(50 * MB, 60 * MB, "rw-p 00000000 00:00 0   [heap]"),
+                    _line(50 * MB, 60 * MB, "rw-p 00000000 00:00 0   [stack]"),
+                    _line(62 * MB, 64 * MB, "rw-p 00000000 00:00 0   [heap]"),
                     _line(70 * MB, 90 * MB, "r-xp 00000000 00:00 0"),
                 ]
             )
         )
-    assert asked == [(20 * MB, 24 * MB), (40 * MB, 44 * MB)]
+    assert asked == [(20 * MB, 24 * MB), (40 * MB, 44 * MB), (62 * MB, 64 * MB)]
 
 
 def test_advice_on_real_memory_keeps_its_content() -> None:
