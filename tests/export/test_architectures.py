@@ -49,6 +49,18 @@ def test_config_of_transformers_4(name, tmp_path):
     np.testing.assert_array_equal(load(tmp_path).oracle().forward(ids), oracle_logits(name))
 
 
+@pytest.mark.parametrize(("given", "window"), [("absent", 4096), (None, None), (7, 7)])
+def test_mistral_slides_unless_told_not_to(given, window, tmp_path):
+    """As transformers' MistralConfig: an absent sliding_window is 4096, a null one is none."""
+    shutil.copytree(FOLDER / "mistral-window", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]
+    if given != "absent":
+        config["sliding_window"] = given
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert set(load(tmp_path).model.config.windows) == {window}
+
+
 @pytest.mark.parametrize("inputs", ["ids", "embeds"])
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx_equals_oracle(name, inputs, exports):

@@ -325,12 +325,14 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
 def _windows(f: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer. Qwen slides only where `use_sliding_window`, and from
     `max_window_layers` on; newer configs list `layer_types`."""
-    window = f.get("sliding_window")
+    # Absent is not null: transformers' MistralConfig slides over 4096 tokens unless told not to.
+    absent = 4096 if model_type == "mistral" else None
+    window = f.get("sliding_window") if "sliding_window" in f.config else absent
     if window is None or (model_type.startswith("qwen") and not f.get("use_sliding_window")):
         return (None,) * layers
     if model_type not in ("mistral", "qwen2", "qwen3"):
         return (None,) * layers
-    window = f.size("sliding_window")
+    window = f.size("sliding_window", absent)
     kinds = f.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers and model_type != "mistral":
         return tuple(window if k == "sliding_attention" else None for k in kinds)
