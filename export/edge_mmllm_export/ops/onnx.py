@@ -366,12 +366,17 @@ class OnnxOps:
     ) -> tuple[Value, Value]:
         if delta is None:
             return x, self.norm(x, weight, eps=eps, bias=bias)
-        outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
-        inputs = [self._use(x), self._use(delta), self._vector(weight)]
-        kind = "SkipSimplifiedLayerNormalization"
         if bias is not None:
-            kind, inputs = "SkipLayerNormalization", [*inputs, self._vector(bias)]
-        self.graph.microsoft(kind, inputs, outputs, epsilon=eps)
+            # SkipLayerNormalization takes 6 times as long over 512 rows, and twice over one.
+            total = self.add(x, delta)
+            return total, self.norm(total, weight, eps=eps, bias=bias)
+        outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
+        self.graph.microsoft(
+            "SkipSimplifiedLayerNormalization",
+            [self._use(x), self._use(delta), self._vector(weight)],
+            outputs,
+            epsilon=eps,
+        )
         return Value(outputs[3], x.width), Value(outputs[0], x.width)
 
     def add(self, a: Value, b: Value) -> Value:
