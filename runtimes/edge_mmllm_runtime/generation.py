@@ -7,6 +7,7 @@ model has not read yet; `Session.tokens` says so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -42,6 +43,11 @@ def encode_prompt(session: Session, prompt: Prompt) -> list[int] | None:
         ids = session.text.encode(prompt)
     elif isinstance(prompt, Mapping):
         raise UsageError("messages come in a list", expected="[{'role': ..., 'content': ...}]")
+    elif isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
+        raise UsageError(
+            "a prompt is text, a list of messages, or a list of token ids",
+            found=type(prompt).__name__,
+        )
     elif len(prompt) and isinstance(prompt[0], Mapping):
         ids = session.text.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
     else:
@@ -63,8 +69,10 @@ def tokens(
     """Checks everything, then returns an iterator over the new ids. See `generate_tokens`."""
     _ = session.engine  # closed: say so now
     ids = encode_prompt(session, prompt)
-    if max_new_tokens < 0:
-        raise UsageError("max_new_tokens must be 0 or more", found=str(max_new_tokens))
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise UsageError(
+            "max_new_tokens must be a whole number, 0 or more", found=repr(max_new_tokens)[:80]
+        )
     if ids is None and session.logits is None:
         raise UsageError(
             "there is nothing to go on from",

@@ -167,6 +167,8 @@ class Session(Context):
         Raises:
             UsageError, ContextFull: nothing was changed.
         """
+        if isinstance(prompts, str):  # its characters would be the prompts
+            raise UsageError("prompts come in a list", found=repr(prompts)[:80])
         ids = [generation.encode_prompt(self, p) for p in prompts]
         streams = [self._generate(p, max_new_tokens, sampling, stop) for p in ids]
         with sharing(self, ids):

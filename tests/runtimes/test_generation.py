@@ -313,3 +313,22 @@ def test_closed_session(toy):
         next(running)
     with pytest.raises(SessionClosed):
         session.generate_tokens(IDS, 10)
+
+
+@pytest.mark.parametrize("prompt", [b"bytes are ids to Python", 5, {1, 2}, iter([1, 2])], ids=repr)
+def test_prompts_of_a_wrong_type(toy, prompt):
+    with toy.session() as session, pytest.raises(UsageError, match="a prompt is text"):
+        session.generate(prompt)
+
+
+@pytest.mark.parametrize("count", [2.0, "2", None, -1])
+def test_a_count_that_is_no_whole_number_is_refused_at_once(toy, count):
+    with toy.session() as session:
+        with pytest.raises(UsageError, match="max_new_tokens"):
+            session.generate(PROMPT, max_new_tokens=count)
+        assert len(list(session.generate_tokens(IDS, max_new_tokens=np.int64(2)))) == 2
+
+
+def test_one_text_is_not_many_prompts(toy):
+    with toy.session() as session, pytest.raises(UsageError, match="in a list"):
+        session.generate_many(PROMPT)
