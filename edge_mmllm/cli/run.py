@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_mmllm.cli._options import context_option, json_option, sampling_options, threads_option
-from edge_mmllm.cli._output import emit, printable, progress_bars
+from edge_mmllm.cli._output import emit, printable, progress_bars, size_text
 from edge_mmllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,14 +24,31 @@ if TYPE_CHECKING:
 @threads_option
 @context_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
+@click.option(
+    "--state", metavar="PATH", help="Go on from this state file: the prompt is what comes next."
+)
+@click.option(
+    "--save-state",
+    metavar="PATH",
+    help="Write the state after the answer here; may be the same file.",
+)
+@click.option(
+    "--state-storage",
+    type=click.Choice(["f32", "f16", "int8"]),
+    default="f32",
+    show_default=True,
+    help="How --save-state holds it; f32 is exact.",
+)
 @json_option
 def command(bundle: str, prompt: str, **given: Any) -> None:
     """Answer one prompt.
 
     The answer goes to stdout as it comes, what it cost to stderr. A prompt goes through the
-    bundle's chat template where it has one.
+    bundle's chat template where it has one. With --state it is the next turn of a conversation
+    that an earlier run saved with --save-state.
     """
     from edge_mmllm_runtime.answer import run
+    from edge_mmllm_runtime.continuation import StateFiles
 
     as_json = given["as_json"]
     with contextlib.ExitStack() as waiting:
@@ -43,6 +60,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             threads=given["threads"],
             context=given["context"],
             raw=given["raw"],
+            files=StateFiles(given["state"], given["save_state"], given["state_storage"]),
             write=(lambda piece: None) if as_json else writer(waiting.close),
             progress=lambda done, total: bars("prompt", done, total),
         )
@@ -85,12 +103,16 @@ def writer(before: Callable[[], None] = lambda: None) -> Callable[[str], None]:
 def cost(answer: Answer) -> str:
     """One line about an answer."""
     parts = [f"{answer.prompt_tokens} + {answer.new_tokens} tokens ({answer.finish_reason})"]
+    if answer.restored_tokens:
+        parts[0] = f"{answer.restored_tokens} restored + {parts[0]}"
     if answer.load_ms is not None:
         parts.append(f"load {answer.load_ms:.0f} ms")
     if answer.ttft_ms is not None:
         parts.append(f"first token {answer.ttft_ms:.0f} ms")
     if answer.decode_tokens_per_s is not None:
         parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+    if answer.saved_state_bytes is not None:
+        parts.append(f"state saved in {size_text(answer.saved_state_bytes)}")
     return ", ".join(parts)
 
 

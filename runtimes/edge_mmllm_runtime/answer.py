@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edge_mmllm.errors import Cancelled
 from edge_mmllm_runtime import generation, load
 from edge_mmllm_runtime.context import Progress
+from edge_mmllm_runtime.continuation import StateFiles, appended, following_ids, settle
 from edge_mmllm_runtime.generation import Prompt
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
@@ -36,6 +37,8 @@ class Answer:
         ttft_ms: from the call to the first token; None without one.
         decode_tokens_per_s: of the tokens after the first; None where there are none.
         load_ms: time to load the bundle; None for a later answer of the same session.
+        restored_tokens: tokens of the state that it went on from.
+        saved_state_bytes: size of the state file left behind; None without one.
     """
 
     text: str
@@ -49,6 +52,8 @@ class Answer:
     engine: str
     engine_version: str
     bundle_sha256: str
+    restored_tokens: int = 0
+    saved_state_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -63,6 +68,7 @@ def run(
     threads: int | None = None,
     context: int | None = None,
     raw: bool = False,
+    files: StateFiles | None = None,
     write: Write = lambda piece: None,
     progress: Progress | None = None,
 ) -> Answer:
@@ -73,26 +79,37 @@ def run(
         prompt: text; it goes through the bundle's chat template as a user's message where there
             is one, unless `raw`.
         threads, context: see `load`.
+        files: state files to go on from (the prompt is then what comes next) and to leave behind.
         write: gets the answer piece by piece.
         progress: see `Session.prefill`.
 
     Raises:
-        EdgeError: as `load` and `Session.generate`.
+        EdgeError: as `load`, `Session.generate`, `Session.load_state` and `Session.save_state`.
+        OSError: a state file cannot be read or written.
     """
+    files = files or StateFiles()
+    files.check()
     started = time.perf_counter()
     with load(path, threads=threads, context=context) as session:
+        restored = 0 if files.load is None else session.load_state(files.load)
         load_ms = (time.perf_counter() - started) * 1e3
         question: Prompt = prompt
-        if not raw and session.text.has_chat_template:
+        if restored:
+            question = following_ids(session, prompt, raw=raw)
+        elif not raw and session.text.has_chat_template:
             question = [{"role": "user", "content": prompt}]
-        return answer(
+        given = answer(
             session,
             question,
             settings or AnswerSettings(),
             write=write,
+            append=bool(restored),
+            whole=files.save is not None,
             progress=progress,
             load_ms=load_ms,
         )
+        saved = None if files.save is None else session.save_state(files.save, files.storage)
+    return replace(given, restored_tokens=restored, saved_state_bytes=saved)
 
 
 def answer(
@@ -103,6 +120,8 @@ def answer(
     write: Write = lambda piece: None,
     cancelled: Callable[[], bool] = lambda: False,
     reuse: bool = False,
+    append: bool = False,
+    whole: bool = False,
     progress: Progress | None = None,
     load_ms: float | None = None,
 ) -> Answer:
@@ -112,6 +131,8 @@ def answer(
         cancelled: asked between tokens, and between the chunks of a long prompt; True ends the
             answer there.
         reuse: see `Session.generate`.
+        append: read the prompt after the session's state, instead of from an empty context.
+        whole: have the last token of the answer read too, so that the state can be kept.
 
     Raises:
         EdgeError: as `Session.generate`.
@@ -127,12 +148,18 @@ def answer(
     matcher = StopMatcher(settings.stop)
     ids = generation.encode_prompt(session, prompt)
     started = time.perf_counter()
-    stream = session.generate_tokens(
-        ids, settings.max_new_tokens, settings.sampling, reuse=reuse, progress=between_chunks
-    )
+    count, sampling = settings.max_new_tokens, settings.sampling
+    if append and ids is not None:
+        stream = appended(session, ids, count, sampling, between_chunks)
+    else:
+        stream = session.generate_tokens(ids, count, sampling, reuse=reuse, progress=between_chunks)
     times: list[float] = []
-    text = _show(generation.pieces(session, _timed(stream, times, cancelled), matcher), write)
+    taken: list[int] = []
+    timed = _timed(stream, times, taken, cancelled)
+    text = _show(generation.pieces(session, timed, matcher), write)
     ended = len(times)
+    if whole:
+        settle(session, taken[-1] if taken else None)
     decode_s = times[-1] - times[0] if ended > 1 else 0.0
     engine = session.engine
     return Answer(
@@ -151,12 +178,13 @@ def answer(
 
 
 def _timed(
-    stream: Iterator[int], times: list[float], cancelled: Callable[[], bool]
+    stream: Iterator[int], times: list[float], taken: list[int], cancelled: Callable[[], bool]
 ) -> Iterator[int]:
-    """The stream's ids, each with its time, up to a cancellation."""
+    """The stream's ids, noted and each with its time, up to a cancellation."""
     try:
         for token in stream:
             times.append(time.perf_counter())
+            taken.append(token)
             yield token
             if cancelled():
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import edge_mmllm
 from edge_mmllm.cli.chat import interruptible
 from edge_mmllm.errors import EdgeError, UsageError
+from edge_mmllm.text import Text
 from edge_mmllm_runtime.answer import Answer, AnswerSettings, answer
 from edge_mmllm_runtime.chat import Conversation, chat
+from edge_mmllm_runtime.continuation import following_ids
 
 SHORT = ("--max-new-tokens", 12)
 
@@ -148,6 +151,142 @@ def test_control_characters_of_an_answer_reach_files_only(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     writer()("b\x1b[2J")
     assert capsys.readouterr().out == "a\x1b[2Jb\ufffd[2J"
+
+
+# -- state files ----------------------------------------------------------------------------------
+
+
+def _run(cli: Callable[..., Any], bundle: Path, prompt: str, *options: object) -> Any:
+    done = cli("run", bundle, "--prompt", prompt, *options, *SHORT, "--json")
+    assert done.status == 0, done.stderr
+    return done.json
+
+
+def test_a_conversation_goes_on_from_a_file(
+    cli: Callable[..., Any], chat_bundle: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "talk.state"
+    turns: list[dict[str, str]] = []
+    restored = 0
+    for said in ("Hi", "And?"):
+        turns.append({"role": "user", "content": said})
+        options = ("--state", state) if restored else ()
+        told = _run(cli, chat_bundle, said, *options, "--save-state", state)
+        assert told["text"] == _generated(chat_bundle, turns)
+        assert told["restored_tokens"] == restored
+        assert told["saved_state_bytes"] == state.stat().st_size
+        # The template ends an answer with a line end, which only the next turn reads.
+        begin = "" if restored == 0 else "\n"
+        assert told["prompt_tokens"] == len(f"{begin}<user>{said}\n<assistant>")
+        restored += told["prompt_tokens"] + told["new_tokens"]
+        turns.append({"role": "assistant", "content": told["text"]})
+        with edge_mmllm.load(chat_bundle) as session:
+            assert session.load_state(state) == restored
+            text = session.text.apply_chat_template(turns)
+            assert session.tokens == tuple(session.text.encode(text)[:restored])
+
+
+def test_raw_text_goes_on_from_a_file(
+    cli: Callable[..., Any], chat_bundle: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "s.state"
+    for storage in ("f32", "f16", "int8"):
+        options = ("--raw", "--state-storage", storage)
+        first = _run(cli, chat_bundle, "Hello", *options, "--save-state", state)
+        second = _run(cli, chat_bundle, ", and", *options, "--state", state)
+        if storage == "f32":
+            size = first["saved_state_bytes"]
+            with edge_mmllm.load(chat_bundle) as session:
+                session.load_state(state)
+                assert session.tokens is not None  # ids, as <unk> would not encode as itself
+                whole = [*session.tokens, *session.text.encode(", and")]
+            assert second["text"] == _generated(chat_bundle, whole)
+        assert second["restored_tokens"] == len("Hello") + 12
+        assert second["saved_state_bytes"] is None
+    assert 0.25 * size < state.stat().st_size < 0.75 * size
+    done = cli("run", chat_bundle, "--prompt", "x", "--state", state, *SHORT, "--raw")
+    assert "17 restored + 1 + 12 tokens (length)" in done.stderr
+
+
+def test_a_state_without_an_answer(
+    cli: Callable[..., Any], chat_bundle: Path, tmp_path: Path
+) -> None:
+    """`--max-new-tokens 0` only reads; a stop string and a full context leave a whole state too."""
+    state = tmp_path / "s.state"
+    cli(
+        "run", chat_bundle, "--prompt", "Hel", "--raw", "--max-new-tokens", 0, "--save-state", state
+    )
+    told = _run(cli, chat_bundle, "lo", "--raw", "--state", state)
+    whole = _generated(chat_bundle, "Hello")
+    assert (told["text"], told["restored_tokens"]) == (whole, 3)
+    _run(cli, chat_bundle, "Hello", "--raw", "--stop", whole[4:6], "--save-state", state)
+    with edge_mmllm.load(chat_bundle) as session:
+        session.load_state(state)
+        assert session.text.decode(session.tokens or ()) == "Hello" + whole[:6]
+    full = _run(cli, chat_bundle, "Hello", "--raw", "--context", 9, "--save-state", state)
+    assert full["finish_reason"] == "context"
+    with edge_mmllm.load(chat_bundle) as session:
+        assert session.load_state(state) == 9
+
+
+def test_the_model_s_end_is_not_part_of_the_state(
+    chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _generated(chat_bundle, "Hello")
+    end = whole[5]
+    with edge_mmllm.load(chat_bundle) as session:
+        ids = session.text.encode(end)
+        session.spec = replace(session.spec, text=replace(session.spec.text, eos_ids=tuple(ids)))
+        given = answer(session, "Hello", AnswerSettings(max_new_tokens=12), whole=True)
+        assert (given.finish_reason, given.text) == ("eos", whole[: whole.index(end)])
+        assert session.text.decode(session.tokens or ()) == "Hello" + given.text
+
+
+def test_a_foreign_or_damaged_state_is_refused(
+    cli: Callable[..., Any], chat_bundle: Path, base_bundle: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "s.state"
+    with edge_mmllm.load(base_bundle) as session:
+        session.prefill([1, 2, 3])
+        session.save_state(state)
+    words = ("run", chat_bundle, "--prompt", "x", "--json", "--state", state)
+    refused = cli(*words, "--save-state", state)
+    assert refused.status == 1
+    assert refused.json["error"]["type"] == "StateMismatch"
+    assert "another bundle" in refused.stderr
+    content = state.read_bytes()
+    state.write_bytes(content[:-1])
+    assert cli(*words).json["error"]["type"] == "CorruptState"
+    state.unlink()
+    missing = cli(*words)
+    assert missing.status == 1
+    assert "No such file" in missing.stderr
+
+
+def test_what_is_no_state_file_is_not_replaced(
+    cli: Callable[..., Any], chat_bundle: Path, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    words = ("run", chat_bundle, "--prompt", "x", "--json", "--save-state")
+    refused = cli(*words, notes)
+    assert (refused.status, refused.json["error"]["type"]) == (1, "OutputExists")
+    assert notes.read_text() == "precious"
+    assert cli(*words, tmp_path / "none" / "s.state").status == 2
+    assert cli(*words, tmp_path / "s.state", "--state-storage", "int4").status == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_template_that_forgets_answers_needs_raw(chat_bundle: Path) -> None:
+    forgetful = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with edge_mmllm.load(chat_bundle) as session:
+        assert following_ids(session, "Hi", raw=True) == session.text.encode("Hi")
+        turn = session.text.encode("\n<user>Hi\n<assistant>")
+        assert following_ids(session, "Hi", raw=False) == turn
+        spec = replace(session.text.spec, chat_template=forgetful)
+        session._text = Text(spec, session.text._json)
+        with pytest.raises(UsageError, match="does not repeat"):
+            following_ids(session, "Hi", raw=False)
 
 
 # -- chat ---------------------------------------------------------------------------------------
