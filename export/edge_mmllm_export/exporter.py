@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from edge_mmllm.bundle import (
     GOLDEN_FILE,
@@ -82,6 +82,16 @@ class ExportOptions:
     workers: int | None = None
     force: bool = False
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_ram", "context"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number above 0", found=repr(value))
+        if self.inputs not in get_args(Inputs):
+            raise UsageError(
+                "unknown inputs", expected=" | ".join(get_args(Inputs)), found=repr(self.inputs)
+            )
 
 
 @dataclass(frozen=True)
@@ -269,11 +279,11 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
 
 
 def _gate_ram(groups: tuple[QuantGroup, ...], vocab_size: int, context: int | None) -> int:
-    """What the gate's child takes: the artefact as onnxruntime holds it (mapped, then packed
-    anew: 2.7 times its size was seen), two sets of logits and a streamed oracle."""
+    """What the gate's child takes: the artefact as onnxruntime holds it (mapped, and packed
+    anew), three sets of logits and a streamed oracle. An upper bound of what was seen."""
     tokens = min(verify.GATE_TOKENS, context or verify.GATE_TOKENS)
     artefact = sum(g.size_bytes for g in groups)
-    return (200 << 20) + int(2.7 * artefact) + 4 * tokens * vocab_size * 4
+    return (160 << 20) + int(1.7 * artefact) + 3 * tokens * vocab_size * 4
 
 
 def _check_memory(plan: ExportPlan, options: ExportOptions, workers: int) -> None:

@@ -214,6 +214,8 @@ def run(request: Request) -> dict[str, Any]:
     figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     broken = breaches(figures, thresholds(scheme))
     _write_golden(Path(request.bundle) / "golden.npz", ids, candidate)
+    # Strict JSON knows no infinity; what is not finite is among the breaches.
+    figures = {k: v if v is None or np.isfinite(v) else None for k, v in figures.items()}
     figures |= {"text": text, "scheme": scheme, "breaches": broken}
     return {**figures, "peak_rss_bytes": peak_rss_bytes()}
 

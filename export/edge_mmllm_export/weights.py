@@ -25,6 +25,9 @@ from edge_mmllm_export.quantize.schemes import F32, Scheme
 
 Role = Literal["matrix", "embedding", "head", "vector"]
 
+#: What checkpoint layouts call a language model's head.
+_HEADS = ("lm_head.weight", "output.weight", "head.weight")
+
 #: float32 bytes in one tile; peak memory of an export is a few of these for each worker.
 TILE_BYTES = 8 << 20
 
@@ -211,6 +214,7 @@ def bind(
             found="\n    " + "\n    ".join(lines),
             fix="check config.json against the weights, or export from the original checkpoint",
         )
+    _check_tied(checkpoint, bound)
     return bound
 
 
@@ -220,6 +224,33 @@ def _near(missing: str, unexpected: Sequence[str]) -> str:
     same_layer = [n for n in unexpected if re.findall(r"\d+", n) == numbers]
     near = difflib.get_close_matches(missing, same_layer, n=1, cutoff=0.9)
     return f" (there is: {near[0]})" if near else ""
+
+
+def _check_tied(checkpoint: Checkpoint, bound: Mapping[str, Weight]) -> None:
+    """A head that a tied model leaves out must be the embedding, bit for bit.
+
+    Raises:
+        TensorMismatch: the config says tied, the weights say otherwise.
+    """
+    embed = bound.get("embed")
+    if embed is None or "head" in bound:
+        return
+    for name in _HEADS:
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            continue
+        if info.shape == embed.shape and all(
+            np.array_equal(checkpoint.read(name, start, stop), tile)
+            for start, stop, tile in embed.tiles()
+        ):
+            continue
+        raise TensorMismatch(
+            "the config ties head and embedding, but the checkpoint has another head",
+            where=f"{checkpoint.source}, tensor {name}",
+            expected=f"the values of {embed.source.name}",
+            found="other values" if info.shape == embed.shape else f"shape {info.shape}",
+            fix='set "tie_word_embeddings": false in config.json if the head is its own',
+        )
 
 
 def _same_layout(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -12,7 +12,7 @@ from memory import MemoryCheckpoint, weight
 
 from edge_mmllm.errors import NonFiniteWeights, TensorMismatch
 from edge_mmllm_export import weights
-from edge_mmllm_export.quantize.schemes import F16, Scheme
+from edge_mmllm_export.quantize.schemes import F16, QuantPlan, Scheme
 from edge_mmllm_export.weights import Parameter, Source, as_stored, bind
 
 RNG = np.random.default_rng(0)
@@ -162,3 +162,35 @@ def test_as_stored_shows_what_a_device_sees():
     np.testing.assert_array_equal(half.rows(), A.astype(np.float16))
     (vector,) = as_stored({"w": weight(A, scheme, "vector")}).values()
     np.testing.assert_array_equal(vector.rows(), A)
+
+
+def _tied(tmp_path, head):
+    """The tied qwen2 reference with an `lm_head.weight` of these values."""
+    source = references.FOLDER / "qwen2"
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = head(tensors["model.embed_tokens.weight"])
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    return tmp_path
+
+
+def test_a_tied_head_that_repeats_the_embedding_is_left_out(tmp_path):
+    assert "head" not in references.load(_tied(tmp_path, lambda e: e.copy())).weights
+
+
+@pytest.mark.parametrize("head", [lambda e: e + 1, lambda e: e[:-1].copy()])
+def test_a_tied_head_of_its_own_is_an_error(tmp_path, head):
+    with pytest.raises(TensorMismatch, match=r"another head[\s\S]*lm_head\.weight"):
+        references.load(_tied(tmp_path, head))
+
+
+def test_float16_that_would_overflow_is_named(tmp_path):
+    source = references.FOLDER / "llama"
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].astype(np.float32)
+    tensors[name][3, 5] = 1e5
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    with pytest.raises(NonFiniteWeights, match=r"down_proj[\s\S]*layers\.1\.mlp\.down=f32"):
+        references.export(references.load(tmp_path, QuantPlan("f16")), tmp_path)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm.errors import NonFiniteWeights, UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import onnx_mamba, onnx_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
-from edge_mmllm_export.quantize.schemes import Scheme
 from edge_mmllm_export.weights import Weight
 
 #: Head sizes that GroupQueryAttention takes, without and with rope inside it.
@@ -127,7 +126,7 @@ class OnnxOps:
                 row_bytes = w.shape[1] * np.dtype(dtype).itemsize
 
                 def task(start: int, stop: int) -> None:
-                    tile = quantize(w.rows(start, stop), w.scheme).scale
+                    tile = quantize(_within(w, w.rows(start, stop)), w.scheme).scale
                     self.graph.data.write(offset + start * row_bytes, tile.astype(dtype))
 
                 self._each_tile(w, task)
@@ -618,9 +617,18 @@ class OnnxOps:
         return Value(y, width), Value(bonus, width)
 
 
-def scheme_groups(weights: Sequence[Weight]) -> dict[tuple[str, Scheme], list[Weight]]:
-    """Weights by role and scheme, for the manifest and `inspect`."""
-    groups: dict[tuple[str, Scheme], list[Weight]] = {}
-    for w in weights:
-        groups.setdefault((w.role, w.scheme), []).append(w)
-    return groups
+def _within(w: Weight, tile: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The tile, if its type can hold it: float16 ends at 65504.
+
+    Raises:
+        NonFiniteWeights: a value would become infinite.
+    """
+    if w.scheme.bits == 16 and np.abs(tile).max(initial=0.0) > np.finfo(np.float16).max:
+        raise NonFiniteWeights(
+            "a weight is too large for float16",
+            where=f"tensor {w.source.name} ({w.name})",
+            expected="magnitudes up to 65504",
+            found=str(np.abs(tile).max()),
+            fix=f"--override '{w.name}=f32'",
+        )
+    return tile
