@@ -1,12 +1,14 @@
 """A model's context: what it has read so far, and what it says about the next token.
 
-A context is not safe to use from two threads at once. Every call checks its arguments before it
+A context serves one call at a time; a second one, from a progress callback or from another
+thread, is a `SessionError`. Every call checks its arguments before it
 touches the state: after a `UsageError` or `ContextFull` everything is as it was.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from edge_mmllm.errors import ContextFull, SessionClosed, UsageError
+from edge_mmllm.errors import ContextFull, SessionClosed, SessionError, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
 from edge_mmllm_runtime.inputs import check_positions, checked_embeddings, checked_ids
@@ -69,6 +71,7 @@ class Context:
         self._tokens: array[int] | None = array("i")
         self._logits: Float32 | None = None
         self._version = 0
+        self._running = threading.Lock()
 
     # -- what is in the state ---------------------------------------------------------------
 
@@ -153,9 +156,12 @@ class Context:
         if restored == total and self._logits is not None:
             return self._logits.copy()
         start = self._position - restored
-        mark = engine.mark(start) if total > self.chunk and not restored else None
-        parts = []
+        mark, parts = None, []
+        if not self._running.acquire(blocking=False):
+            raise _in_use()
         try:
+            if total > self.chunk and not restored:
+                mark = engine.mark(start)
             for begin in range(restored, total, self.chunk):
                 if begin and progress is not None:
                     progress(begin, total)
@@ -168,11 +174,13 @@ class Context:
                     rows = np.empty(0, np.int64)
                 parts.append(engine.forward(part, start + begin, rows))
         except BaseException:
+            if mark is not None:
+                engine.rollback(mark)
+            self._running.release()
             if restored:
                 self.reset()
-            elif mark is not None:
-                engine.rollback(mark)
             raise
+        self._running.release()
         result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
         self._advance(x[restored:].tolist() if x.ndim == 1 else [-1] * total)
         self._logits = result if logits == "last" else result[-1].copy()
@@ -202,10 +210,15 @@ class Context:
         """
         engine = self.engine
         self._check_room(1)
-        self._logits = None  # a view, overwritten even where the engine fails
-        result = engine.step(token, self._position)
-        self._advance((token,))
-        self._logits = result
+        if not self._running.acquire(blocking=False):
+            raise _in_use()
+        try:
+            self._logits = None  # a view, overwritten even where the engine fails
+            result = engine.step(token, self._position)
+            self._advance((token,))
+            self._logits = result
+        finally:
+            self._running.release()
         return result
 
     def drop_logits(self) -> None:
@@ -214,6 +227,7 @@ class Context:
 
     def reset(self) -> None:
         """Empties the context."""
+        self._check_idle()
         self.engine.clear()
         self._set(0, array("i"), None)
 
@@ -232,6 +246,7 @@ class Context:
             )
         if position == self._position:
             return True
+        self._check_idle()
         if not self.engine.rewind(self._position, position):
             return False
         self._set(position, None if self._tokens is None else self._tokens[:position], None)
@@ -251,6 +266,7 @@ class Context:
             SessionError: a value does not fit the storage.
         """
         check_storage(storage)
+        self._check_idle()
         states = self.engine.save(self._position)
         return Snapshot(
             bundle_sha256=self.bundle_sha256,
@@ -269,6 +285,7 @@ class Context:
             ContextFull: it has more tokens than this context's capacity; nothing was changed.
         """
         engine = self.engine
+        self._check_idle()
         snapshot.check(self.spec, self.bundle_sha256, self.context)
         engine.load(snapshot.states(self.spec), snapshot.position)
         tokens, logits = snapshot.tokens, snapshot.logits
@@ -313,6 +330,11 @@ class Context:
         return found.position
 
     # -- checks and bookkeeping -------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        """Raises: SessionError: a prefill's callback or another thread is at work here."""
+        if self._running.locked():
+            raise _in_use()
 
     def _checked(self, x: Sequence[int] | Int64 | Float32) -> Int64 | Float32:
         """`x` as int64 `(n,)` or float32 `(n, hidden)`.
@@ -370,3 +392,11 @@ class Context:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _in_use() -> SessionError:
+    return SessionError(
+        "the session is in use",
+        found="a call from a progress callback, or from another thread",
+        fix="finish one call before the next; give each thread a session of its own",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -348,3 +349,44 @@ def test_states_are_not_copied_by_a_step(toy):
         assert before == after
         assert all(address % 64 == 0 for pair in before.values() for address in pair)
         assert not any(np.array_equal(a, b) for a, b in zip(changed, now, strict=True))
+
+
+@pytest.mark.parametrize(
+    "intrude",
+    [
+        lambda s: s.decode(1),
+        lambda s: s.prefill([1, 2]),
+        lambda s: s.reset(),
+        lambda s: s.rewind(0),
+        lambda s: s.snapshot(),
+    ],
+)
+def test_a_callback_cannot_use_the_session(toy, intrude):
+    with toy.session(chunk=8) as session, toy.session() as other:
+        expected = other.prefill(IDS[:3])
+        session.prefill(IDS[:3])
+        with pytest.raises(SessionError, match="in use"):
+            session.prefill(IDS[3:40], progress=lambda done, total: intrude(session))
+        assert session.position == 3
+        session.reset()
+        np.testing.assert_array_equal(session.prefill(IDS[:3]), expected)
+
+
+def test_another_thread_cannot_use_the_session(toy):
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        done.wait(30)
+
+    with toy.session(chunk=8) as session:
+        worker = threading.Thread(
+            target=session.prefill, args=(IDS[:20],), kwargs={"progress": wait}
+        )
+        worker.start()
+        inside.wait(30)
+        with pytest.raises(SessionError, match="in use"):
+            session.decode(1)
+        done.set()
+        worker.join()
+        assert session.position == 20
