@@ -8,18 +8,17 @@ batch axis. Which kernel serves which op, and why, stands at each method; the me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_mmllm.errors import NonFiniteWeights, UnsupportedArchitecture
+from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import onnx_mamba, onnx_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
-from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
+from edge_mmllm_export.ops.onnx_weights import WeightStore
 from edge_mmllm_export.weights import Weight
 
 #: Head sizes that GroupQueryAttention takes, without and with rope inside it.
@@ -65,10 +64,8 @@ class OnnxOps:
         stored: dict[str, tuple[int, ...]] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.graph, self._workers = graph, workers
-        self._stored = {} if stored is None else stored
-        self._progress = progress or (lambda _: None)
-        self._pending: list[Future[None]] = []
+        self.graph = graph
+        self.weights = WeightStore(graph, workers, {} if stored is None else stored, progress)
         self._seq: tuple[str, str] | None = None
         self._length: onnx_rwkv.Sequence | None = None
         self._tables: dict[tuple[int, float], tuple[str, str]] = {}
@@ -76,130 +73,9 @@ class OnnxOps:
         #: States whose next value may be written over the present one.
         self.in_place: list[str] = []
 
-    # -- weights ---------------------------------------------------------------------------
-
     def finish(self) -> None:
         """Wait until every weight is on disk; the first failure is raised."""
-        pending, self._pending = self._pending, []
-        try:
-            for future in pending:
-                future.result()
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            wait(pending)
-            raise
-
-    def _each_tile(self, w: Weight, task: Callable[[int, int], None]) -> None:
-        """Run `task(start, stop)` over the rows of a weight, side by side where there are
-        workers; at most a few tiles are in flight, so memory stays bounded."""
-        step = w.tile_rows()
-        for start in range(0, w.shape[0], step):
-            stop = min(start + step, w.shape[0])
-            width = w.size // w.shape[0]
-            if self._workers is None:
-                task(start, stop)
-            else:
-                self._pending.append(self._workers.submit(task, start, stop))
-            self._progress((stop - start) * width)
-
-    def _vector(self, w: Weight, stem: str | None = None) -> str:
-        """A float32 parameter, whole."""
-        name = stem or w.name
-        if not self.graph.has(name):
-            known = self._stored.get(name)
-            offset = self.graph.external(name, "float32", w.shape, known[0] if known else None)
-            if known is None:
-                self.graph.data.write(offset, w.values)
-                self._stored[name] = (offset,)
-                self._progress(w.size)
-        return name
-
-    def _floats(self, w: Weight) -> str:
-        """A whole `(N, K)` matrix as float16 or float32 rows."""
-        if not self.graph.has(w.name):
-            dtype = "float16" if w.scheme.bits == 16 else "float32"
-            known = self._stored.get(w.name)
-            offset = self.graph.external(w.name, dtype, w.shape, known[0] if known else None)
-            if known is None:
-                self._stored[w.name] = (offset,)
-                row_bytes = w.shape[1] * np.dtype(dtype).itemsize
-
-                def task(start: int, stop: int) -> None:
-                    tile = quantize(_within(w, w.rows(start, stop)), w.scheme).scale
-                    self.graph.data.write(offset + start * row_bytes, tile.astype(dtype))
-
-                self._each_tile(w, task)
-        return w.name
-
-    def _blocks(self, ws: Sequence[Weight], as_rows: bool = False) -> list[str]:
-        """Quantized weights, stacked along N, packed as MatMulNBits reads them.
-
-        `B` uint8 `(N, blocks, block_size * bits / 8)`, scales float32 `(N, blocks)`, zero points
-        uint8 `(N, ceil(blocks * bits / 8))` or float32 `(N, blocks)`. The same bytes serve
-        GatherBlockQuantized (`as_rows`) as `(N, K * bits / 8)`: tied weights are stored once.
-        """
-        scheme, k = ws[0].scheme, ws[0].shape[1]
-        size, bits = scheme.block_size, scheme.bits
-        n, blocks = sum(w.shape[0] for w in ws), -(-k // size)
-        blob = size * bits // 8
-        stem = "+".join(w.name for w in ws)
-        zero_width, zero_type = 0, "uint8"
-        if scheme.zero == "int":
-            zero_width = -(-blocks * bits // 8)
-        elif scheme.zero == "float":
-            zero_width, zero_type = blocks, "float32"
-        shapes = [
-            (
-                "rows" if as_rows else "q",
-                "uint8",
-                (n, k * bits // 8) if as_rows else (n, blocks, blob),
-            ),
-            ("scale", "float32", (n, blocks)),
-            ("zero", zero_type, (n, zero_width)),
-        ]
-        if not zero_width:
-            shapes.pop()
-        names = [f"{stem}.{suffix}" for suffix, _, _ in shapes]
-        if self.graph.has(names[0]):
-            return names
-        known = self._stored.get(stem)
-        offsets = []
-        for i, (name, (_, dtype, shape)) in enumerate(zip(names, shapes, strict=True)):
-            if self.graph.has(name):
-                offsets.append(known[i] if known else 0)
-            else:
-                offsets.append(self.graph.external(name, dtype, shape, known[i] if known else None))
-        if known is None:
-            self._stored[stem] = tuple(offsets)
-            first = 0
-            for w in ws:
-                self._each_tile(w, self._packer(w, first, offsets, (blocks * blob, blocks)))
-                first += w.shape[0]
-        return names
-
-    def _packer(
-        self, w: Weight, first: int, offsets: list[int], widths: tuple[int, int]
-    ) -> Callable[[int, int], None]:
-        scheme, data = w.scheme, self.graph.data
-        row_bytes, blocks = widths
-
-        def task(start: int, stop: int) -> None:
-            tile = quantize(w.rows(start, stop), scheme)
-            q = pack_nibbles(tile.q) if scheme.bits == 4 else tile.q
-            data.write(offsets[0] + (first + start) * row_bytes, q)
-            data.write(offsets[1] + (first + start) * blocks * 4, tile.scale)
-            if tile.zero is None:
-                return
-            if scheme.zero == "float":
-                data.write(offsets[2] + (first + start) * blocks * 4, tile.zero)
-                return
-            zero: NDArray[np.uint8] = tile.zero.astype(np.uint8)
-            if scheme.bits == 4:
-                zero = pack_nibbles(np.pad(zero, ((0, 0), (0, blocks % 2))))
-            data.write(offsets[2] + (first + start) * zero.shape[1], zero)
-
-        return task
+        self.weights.finish()
 
     # -- ops -------------------------------------------------------------------------------
 
@@ -228,7 +104,7 @@ class OnnxOps:
         g, scheme = self.graph, table.scheme
         ids = g.node("Unsqueeze", [index.name, g.ints(0)])[0]
         if scheme.quantized:
-            names = self._blocks([table], as_rows=True)
+            names = self.weights.blocks([table], as_rows=True)
             name = g.microsoft(
                 "GatherBlockQuantized",
                 [names[0], ids, *names[1:]],
@@ -238,7 +114,7 @@ class OnnxOps:
                 quantize_axis=1,
             )[0]
             return Value(name, table.shape[1])
-        name = g.node("Gather", [self._floats(table), ids])[0]
+        name = g.node("Gather", [self.weights.floats(table), ids])[0]
         if scheme.bits == 16:
             name = g.node("Cast", [name], to=1)[0]
         return Value(name, table.shape[1])
@@ -265,11 +141,11 @@ class OnnxOps:
 
     def _matmul_nbits(self, x: Value, w: Sequence[Weight], bias: Sequence[Weight | None]) -> str:
         scheme = w[0].scheme
-        names = self._blocks(w)
+        names = self.weights.blocks(w)
         inputs = [self._use(x), *names]
         if any(bias):
             inputs += [""] * (5 - len(inputs))
-            inputs.append(self._joined(bias, w))
+            inputs.append(self.weights.joined(bias, w))
         return self.graph.microsoft(
             "MatMulNBits",
             inputs,
@@ -280,24 +156,8 @@ class OnnxOps:
             accuracy_level=4,
         )[0]
 
-    def _joined(self, bias: Sequence[Weight | None], w: Sequence[Weight]) -> str:
-        """The biases of several matrices, one after another, as one initializer."""
-        if len(bias) == 1 and bias[0] is not None:
-            return self._vector(bias[0])
-        name = "+".join(f"{v.name}.bias" for v in w)
-        if not self.graph.has(name):
-            parts = [
-                np.zeros(v.shape[0], np.float32) if own is None else own.values
-                for own, v in zip(bias, w, strict=True)
-            ]
-            values = np.concatenate(parts)
-            offset = self.graph.external(name, "float32", values.shape)
-            self.graph.data.write(offset, values)
-            self._progress(sum(own.size for own in bias if own is not None))
-        return name
-
     def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight | None]) -> str:
-        g, name = self.graph, self._floats(w)
+        g, name = self.graph, self.weights.floats(w)
         if w.scheme.bits == 16:
             # Folded once at load: f16 on disk, float32 arithmetic.
             cast = f"{name}.f32"
@@ -305,7 +165,7 @@ class OnnxOps:
             self.written.add(cast)
         y = g.microsoft("FusedMatMul", [self._use(x), name], transB=1)[0]
         own = bias[0] if bias else None
-        return y if own is None else g.node("Add", [y, self._vector(own)])[0]
+        return y if own is None else g.node("Add", [y, self.weights.vector(own)])[0]
 
     def norm(
         self,
@@ -320,39 +180,33 @@ class OnnxOps:
         if bias is not None and groups > 1:
             return self._group_norm(x, weight, bias, eps, groups)
         if bias is not None:
-            inputs = [name, self._vector(weight), self._vector(bias)]
+            inputs = [name, self.weights.vector(weight), self.weights.vector(bias)]
             return Value(g.node("LayerNormalization", inputs, epsilon=eps)[0], x.width)
         if groups == 1:
-            inputs = [name, self._vector(weight)]
+            inputs = [name, self.weights.vector(weight)]
             return Value(g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0], x.width)
         # Normalize each group with a weight of ones, then scale the whole width.
         width = x.width // groups
         parts = g.node("Reshape", [name, g.ints(0, 0, groups, width)])[0]
-        inputs = [parts, self._ones(width)]
+        inputs = [parts, self.weights.ones(width)]
         normed = g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         flat = g.node("Reshape", [normed, g.ints(0, 0, x.width)])[0]
-        return Value(g.node("Mul", [flat, self._vector(weight)])[0], x.width)
-
-    def _ones(self, width: int) -> str:
-        g, name = self.graph, f"ones.{width}"
-        if not g.has(name):
-            g.data.write(g.external(name, "float32", (width,)), np.ones(width, np.float32))
-        return name
+        return Value(g.node("Mul", [flat, self.weights.vector(weight)])[0], x.width)
 
     def unit_rms(self, x: Value, *, eps: float) -> Value:
-        inputs = [self._use(x), self._ones(x.width)]
+        inputs = [self._use(x), self.weights.ones(x.width)]
         name = self.graph.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         return Value(name, x.width)
 
     def _group_norm(self, x: Value, weight: Weight, bias: Weight, eps: float, groups: int) -> Value:
         """A layer norm of each group, then scale and bias over the whole width."""
         g, width = self.graph, x.width // groups
-        ones = onnx_rwkv.fixed(g, f"ones.{width}", np.ones(width, np.float32))
+        ones = g.fixed(f"ones.{width}", np.ones(width, np.float32))
         parts = g.node("Reshape", [self._use(x), g.ints(0, 0, groups, width)])[0]
         normed = g.node("LayerNormalization", [parts, ones], epsilon=eps)[0]
         flat = g.node("Reshape", [normed, g.ints(0, 0, x.width)])[0]
-        scaled = g.node("Mul", [flat, self._vector(weight)])[0]
-        return Value(g.node("Add", [scaled, self._vector(bias)])[0], x.width)
+        scaled = g.node("Mul", [flat, self.weights.vector(weight)])[0]
+        return Value(g.node("Add", [scaled, self.weights.vector(bias)])[0], x.width)
 
     def add_norm(
         self,
@@ -372,7 +226,7 @@ class OnnxOps:
         outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
         self.graph.microsoft(
             "SkipSimplifiedLayerNormalization",
-            [self._use(x), self._use(delta), self._vector(weight)],
+            [self._use(x), self._use(delta), self.weights.vector(weight)],
             outputs,
             epsilon=eps,
         )
@@ -500,7 +354,7 @@ class OnnxOps:
         """RMS norm of each head of a value `(1, seq, width)`."""
         g, d = self.graph, weight.shape[0]
         heads = g.node("Reshape", [name, g.ints(0, 0, width // d, d)])[0]
-        inputs = [heads, self._vector(weight)]
+        inputs = [heads, self.weights.vector(weight)]
         normed = g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         return g.node("Reshape", [normed, g.ints(0, 0, width)])[0]
 
@@ -552,7 +406,7 @@ class OnnxOps:
     def mix(self, x: Value, previous: Value, *mu: Weight) -> tuple[Value, ...]:
         g, name = self.graph, self._use(x)
         delta = g.node("Sub", [self._use(previous), name])[0]
-        parts = [g.node("Mul", [delta, self._vector(m)])[0] for m in mu]
+        parts = [g.node("Mul", [delta, self.weights.vector(m)])[0] for m in mu]
         return tuple(Value(g.node("Add", [name, part])[0], x.width) for part in parts)
 
     def lerp(self, x: Value, y: Value, amount: Value) -> Value:
@@ -568,17 +422,10 @@ class OnnxOps:
 
     def wkv4(self, k: Value, v: Value, decay: Weight, bonus: Weight, state: StateSpec) -> Value:
         none = np.zeros(k.width, np.float32)
-        ages = self._fixed(decay, ".ages", np.stack([none, decay.values]))
-        extra = self._fixed(bonus, ".pair", np.stack([bonus.values, none]))
+        ages = self.weights.fixed(decay, ".ages", np.stack([none, decay.values]))
+        extra = self.weights.fixed(bonus, ".pair", np.stack([bonus.values, none]))
         names = self._use(k), self._use(v), ages, extra, state.name
         return Value(onnx_rwkv.wkv4(self.graph, *names, k.width), k.width)
-
-    def _fixed(self, w: Weight, suffix: str, values: NDArray[np.float32]) -> str:
-        """A constant made of a small weight, which is counted as packed."""
-        if not self.graph.has(w.name + suffix):
-            onnx_rwkv.fixed(self.graph, w.name + suffix, values)
-            self._progress(w.size)
-        return w.name + suffix
 
     def wkv6(
         self,
@@ -592,12 +439,12 @@ class OnnxOps:
         g, heads, width = self.graph, state.shape[1], r.width
         rkv = self._use(r), self._use(k), self._use(v)
         if isinstance(log_decay, Weight):
-            flat = self._fixed(log_decay, ".flat", log_decay.values.reshape(width))
+            flat = self.weights.fixed(log_decay, ".flat", log_decay.values.reshape(width))
             gone = onnx_rwkv.constant_decay(g, flat, self._lengths().length, width)
         else:
             gone = self._use(log_decay)
         y = onnx_rwkv.wkv6(g, rkv, gone, state.name, heads, width)
-        u = self._fixed(bonus, ".flat", bonus.values.reshape(width))
+        u = self.weights.fixed(bonus, ".flat", bonus.values.reshape(width))
         extra = onnx_rwkv.head_bonus(g, *rkv, u, heads, width)
         return Value(g.node("Add", [y, extra])[0], width)
 
@@ -605,30 +452,13 @@ class OnnxOps:
         g, width = self.graph, x.r.width
         heads, d = w.r_k.shape
         r, gate, k, v, rate = (self._use(y) for y in (x.r, x.gate, x.k, x.v, x.rate))
-        scaled = g.node("Mul", [k, self._vector(w.k_k)])[0]
+        scaled = g.node("Mul", [k, self.weights.vector(w.k_k)])[0]
         unit = onnx_rwkv.unit_keys(g, scaled, heads, d)
-        rest = onnx_rwkv.fixed(g, f"{w.k_a.name}.rest", 1 - w.k_a.values)
-        share = g.node("Add", [g.node("Mul", [rate, self._vector(w.k_a)])[0], rest])[0]
+        rest = g.fixed(f"{w.k_a.name}.rest", 1 - w.k_a.values)
+        share = g.node("Add", [g.node("Mul", [rate, self.weights.vector(w.k_a)])[0], rest])[0]
         k = g.node("Mul", [k, share])[0]
         names = onnx_rwkv.Wkv7Names(r, gate, k, v, unit, rate, state.name)
         y = onnx_rwkv.wkv7(g, names, self._lengths(), heads, d)
-        r_k = self._fixed(w.r_k, ".flat", w.r_k.values.reshape(width))
+        r_k = self.weights.fixed(w.r_k, ".flat", w.r_k.values.reshape(width))
         bonus = onnx_rwkv.head_bonus(g, r, k, v, r_k, heads, width)
         return Value(y, width), Value(bonus, width)
-
-
-def _within(w: Weight, tile: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The tile, if its type can hold it: float16 ends at 65504.
-
-    Raises:
-        NonFiniteWeights: a value would become infinite.
-    """
-    if w.scheme.bits == 16 and np.abs(tile).max(initial=0.0) > np.finfo(np.float16).max:
-        raise NonFiniteWeights(
-            "a weight is too large for float16",
-            where=f"tensor {w.source.name} ({w.name})",
-            expected="magnitudes up to 65504",
-            found=str(np.abs(tile).max()),
-            fix=f"--override '{w.name}=f32'",
-        )
-    return tile

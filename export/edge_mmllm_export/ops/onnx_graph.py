@@ -212,6 +212,12 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return offset
 
+    def fixed(self, name: str, values: NDArray[np.float32]) -> str:
+        """A float32 constant in the data file, written once."""
+        if not self.has(name):
+            self.data.write(self.external(name, "float32", values.shape), values)
+        return name
+
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the graph (the data file stays where it is)."""
         graph = helper.make_graph(

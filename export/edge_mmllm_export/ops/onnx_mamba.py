@@ -30,17 +30,14 @@ def causal_conv(
     its tap, and their sum: 1.8 ms for 512 tokens of 1536 channels where the kernel, which is
     scalar, takes 8.3 (one thread)."""
     g, (channels, width) = op.graph, weight.shape
-    rows_of_taps = f"{weight.name}.taps"
-    if not g.has(rows_of_taps):
-        g.data.write(g.external(rows_of_taps, "float32", (width, channels)), weight.values.T)
-        op._progress(weight.size)
+    rows_of_taps = op.weights.fixed(weight, ".taps", np.ascontiguousarray(weight.values.T))
     # onnxruntime computes what depends on constants alone when it loads a graph.
     taps = [
         g.node("Gather", [rows_of_taps, g.constant("tap", np.asarray(i))])[0] for i in range(width)
     ]
     kernel = g.node("Transpose", [rows_of_taps], perm=[1, 0])[0]
     kernel = g.node("Unsqueeze", [kernel, g.ints(1)])[0]
-    shift = op._vector(bias) if bias is not None else ""
+    shift = op.weights.vector(bias) if bias is not None else ""
     with g.body("one") as one:
         inputs = [x, kernel, shift, f"state.{state.name}"]
         activation = "silu" if silu else "none"
@@ -80,7 +77,7 @@ def time_step(
     """
     g = op.graph
     if bias is not None:
-        dt = g.node("Add", [dt, op._vector(bias)])[0]
+        dt = g.node("Add", [dt, op.weights.vector(bias)])[0]
     if width < _WIDE:
         name = g.node("Softplus", [dt])[0]
     else:
@@ -100,7 +97,7 @@ def gated_linear_attention(
     itself (inverse GQA: `q_num_heads` below `kv_num_heads`), so neither is repeated."""
     g = op.graph
     _, heads, _, d_v = state.shape
-    log_decay = g.node("Mul", [dt, op._vector(decay)])[0]
+    log_decay = g.node("Mul", [dt, op.weights.vector(decay)])[0]
     v4 = g.node("Reshape", [v, g.ints(0, 0, heads, d_v)])[0]
     dt4 = g.node("Unsqueeze", [dt, g.ints(3)])[0]
     weighted = g.node("Mul", [v4, dt4])[0]
@@ -122,11 +119,7 @@ def gated_linear_attention(
 def head_scale(op: OnnxOps, x: str, width: int, weight: Weight) -> str:
     """Multiply by the weight repeated over each head's width (a constant)."""
     g = op.graph
-    name = f"{weight.name}.wide"
-    if not g.has(name):
-        values = np.repeat(weight.values, width // weight.shape[0])
-        g.data.write(g.external(name, "float32", values.shape), values)
-        op._progress(weight.size)
+    name = op.weights.fixed(weight, ".wide", np.repeat(weight.values, width // weight.shape[0]))
     return g.node("Mul", [x, name])[0]
 
 
@@ -140,11 +133,7 @@ def selective_scan(
     """
     g = op.graph
     _, n, d = state.shape
-    rates = f"{decay.name}.transposed"
-    if not g.has(rates):
-        values = np.ascontiguousarray(decay.values.T)
-        g.data.write(g.external(rates, "float32", values.shape), values)
-        op._progress(decay.size)
+    rates = op.weights.fixed(decay, ".transposed", np.ascontiguousarray(decay.values.T))
     token = _Token(f"state.{state.name}", dt, g.node("Mul", [dt, x])[0], b, c, rates)
     with g.body("one") as one:
         after, y = _update(g, token)
@@ -157,7 +146,7 @@ def selective_scan(
     outputs = [g.fresh("selective_scan"), f"next.{state.name}"]
     branches = {"then_branch": one.graph(), "else_branch": several.graph()}
     g.node("If", [op._lengths().one], outputs, **branches)
-    return g.node("Add", [outputs[0], g.node("Mul", [x, op._vector(skip)])[0]])[0]
+    return g.node("Add", [outputs[0], g.node("Mul", [x, op.weights.vector(skip)])[0]])[0]
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,6 @@ class Sequence:
         g.scope = scope
 
 
-def fixed(g: GraphBuilder, name: str, values: NDArray[np.float32]) -> str:
-    """A float32 constant in the data file, written once."""
-    if not g.has(name):
-        g.data.write(g.external(name, FLOAT, values.shape), values)
-    return name
-
-
 def token_shift(g: GraphBuilder, x: str, state: str) -> str:
     """x behind its predecessor `state.X` `(1, 1, C)`; the last row is the next state."""
     rows = g.node("Concat", [f"state.{state}", x], axis=1)[0]
@@ -58,7 +51,7 @@ def _heads_of(g: GraphBuilder, heads: int, width: int) -> tuple[str, str]:
     """The matrices that sum over heads, `(width, heads)`, and spread over them."""
     ones = np.repeat(np.eye(heads, dtype=np.float32), width // heads, axis=0)
     name = f"heads.{heads}.{width}"
-    return fixed(g, f"{name}.sum", ones), fixed(g, f"{name}.spread", ones.T)
+    return g.fixed(f"{name}.sum", ones), g.fixed(f"{name}.spread", ones.T)
 
 
 def head_bonus(g: GraphBuilder, r: str, k: str, v: str, weight: str, heads: int, width: int) -> str:
@@ -85,7 +78,7 @@ def wkv6(
     late, after a step that leaves the state as it is, and a last step without an output brings
     the state up to date. Nothing is ever divided by a decay."""
     r, k, v = rkv
-    none = fixed(g, f"zeros.{width}", np.zeros((1, 1, width), np.float32))
+    none = g.fixed(f"zeros.{width}", np.zeros((1, 1, width), np.float32))
     inputs = [g.node("Concat", [r, none], axis=1)[0]]
     inputs += [g.node("Concat", [none, x], axis=1)[0] for x in (k, v)]
     inputs += [f"state.{state}", g.node("Concat", [none, log_decay], axis=1)[0]]
@@ -177,7 +170,7 @@ class Wkv7Names:
 
 def unit_keys(g: GraphBuilder, k: str, heads: int, d: int) -> str:
     """Each head of k divided by its length: an RMS norm whose weight is 1 / sqrt(d)."""
-    weight = fixed(g, f"unit.{d}", np.full(d, d**-0.5, np.float32))
+    weight = g.fixed(f"unit.{d}", np.full(d, d**-0.5, np.float32))
     parts = g.node("Reshape", [k, g.ints(0, 0, heads, d)])[0]
     # The reference divides by at least 1e-12: no length of a key comes near.
     normed = g.node("SimplifiedLayerNormalization", [parts, weight], epsilon=1e-24)[0]
@@ -205,7 +198,7 @@ def _step7(g: GraphBuilder, x: Wkv7Names, body: Body, heads: int, d: int) -> Non
     removed = g.node("Reshape", [removed, g.ints(1, 1, width)])[0]
     written = g.node("Mul", [x.unit, x.rate])[0]
     nats = g.constant("nats", np.asarray(-DECAY_NATS, np.float32))
-    none = fixed(g, f"zeros.{width}", np.zeros((1, 1, width), np.float32))
+    none = g.fixed(f"zeros.{width}", np.zeros((1, 1, width), np.float32))
     pairs = [(x.r, x.r), (written, x.k), (removed, x.v), (g.node("Mul", [x.gate, nats])[0], none)]
     q, k, v, decay = (g.node("Concat", list(pair), axis=1)[0] for pair in pairs)
     inputs = [q, k, v, state, decay]
@@ -253,13 +246,13 @@ def _chunks7(g: GraphBuilder, x: Wkv7Names, seq: Sequence, body: Body, heads: in
     last = g.node("Reshape", [last, g.ints(-1, heads, d, 1)])[0]
 
     past = g.node("MatMul", [queries, keys])[0]
-    past = g.node("Mul", [past, fixed(g, f"past.{size}", _past(size))])[0]
+    past = g.node("Mul", [past, g.fixed(f"past.{size}", _past(size))])[0]
     past_a, past_r = g.node("Split", [past, g.ints(size, size)], 2, axis=2)
     ab, ak = g.node("Split", [past_a, g.ints(size, size)], 2, axis=3)
     at, rt = g.node("Split", [queries, g.ints(size, size)], 2, axis=2)
     # (I - Ab)^-1 = (I + Ab)(I + Ab^2)(I + Ab^4)...: Ab^L = 0.
     power = ab
-    solve = g.node("Add", [ab, fixed(g, f"eye.{size}", np.eye(size, dtype=np.float32))])[0]
+    solve = g.node("Add", [ab, g.fixed(f"eye.{size}", np.eye(size, dtype=np.float32))])[0]
     for _ in range((size - 1).bit_length() - 1):
         power = g.node("MatMul", [power, power])[0]
         solve = g.node("Add", [g.node("MatMul", [power, solve])[0], solve])[0]
