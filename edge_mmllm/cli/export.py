@@ -21,7 +21,7 @@ from edge_mmllm.errors import UsageError
 
 if TYPE_CHECKING:
     from edge_mmllm.bundle import Bundle, QuantGroup
-    from edge_mmllm_export.exporter import ExportOptions, ExportPlan  # noqa: TID251
+    from edge_mmllm_export.planning import ExportOptions, ExportPlan  # noqa: TID251
 
 #: The same words as the exporter's QUANT_NAMES, which is not imported for `--help`.
 QUANT_NAMES = ("f32", "f16", "int8", "int4")
@@ -112,7 +112,7 @@ def _check_format(name: str) -> None:
 
 
 def _options(given: dict[str, Any], record: str) -> ExportOptions:
-    from edge_mmllm_export.exporter import ExportOptions  # noqa: TID251
+    from edge_mmllm_export.planning import ExportOptions  # noqa: TID251
     from edge_mmllm_export.quantize.schemes import QuantPlan, parse_override  # noqa: TID251
 
     text = given["gate_text"]

@@ -1,0 +1,154 @@
+"""What an export is asked to do, and what it will take: bytes on disk, memory, state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import get_args
+
+from edge_mmllm.bundle import QuantGroup
+from edge_mmllm.errors import MemoryLimitExceeded, UsageError
+from edge_mmllm_export import verify
+from edge_mmllm_export.onnx import Inputs
+from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
+from edge_mmllm_export.weights import TILE_BYTES, Weight
+
+#: RSS of the process before the first tile: Python, numpy, onnx, tokenizers and their libraries.
+_BASE_RAM = 110 << 20
+#: Temporaries of one worker, in tiles: the stored rows, float32 rows, codes, packed codes.
+_TILES_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `edge-mmllm export` was asked to do.
+
+    Attributes:
+        plan: quantization.
+        inputs: `ids` or `embeds` (see `onnx.write_stages`).
+        context: longest context to support; None = the model's own, at most 32768.
+        tokenizer: a `tokenizer.json`, an RWKV World vocabulary (`.txt`), `bytes`, `none`, or None
+            for the checkpoint's own.
+        gate: judge the artefact before it becomes a bundle.
+        accept_quality_loss: keep a bundle that failed the gate, marked as such.
+        max_ram: bytes the export may use; refused up front where it would not do.
+        workers: threads; None = what affinity and quota allow.
+    """
+
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    inputs: Inputs = "ids"
+    context: int | None = None
+    tokenizer: str | None = None
+    gate: bool = True
+    gate_text: str | None = None
+    accept_quality_loss: bool = False
+    max_ram: int | None = None
+    workers: int | None = None
+    force: bool = False
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_ram", "context"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number above 0", found=repr(value))
+        if self.inputs not in get_args(Inputs):
+            raise UsageError(
+                "unknown inputs", expected=" | ".join(get_args(Inputs)), found=repr(self.inputs)
+            )
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would do (`--dry-run`). Bytes are of the bundle's weights."""
+
+    architecture: str
+    parameters: int
+    tensors: int
+    groups: tuple[QuantGroup, ...]
+    disk_bytes: int
+    peak_ram_bytes: int
+    gate_ram_bytes: int
+    context_length: int | None
+    state_bytes_per_token: int
+    state_bytes_constant: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(g.size_bytes for g in self.groups) / self.parameters
+
+    def check(self, options: ExportOptions, workers: int) -> None:
+        """`--max-ram` holds or the export is refused before it starts."""
+        limit = options.max_ram
+        if limit is None:
+            return
+        needs = {"the export": self.peak_ram_bytes}
+        fix = "raise --max-ram" + (", or --threads 1" if workers > 1 else "")
+        if options.gate:
+            needs["the quality gate"] = self.gate_ram_bytes
+            fix += ", or --gate off and `edge-mmllm check` on a larger machine"
+        for what, size in needs.items():
+            if size > limit:
+                raise MemoryLimitExceeded(
+                    f"{what} would not fit the memory allowed",
+                    expected=f"at most {limit / 2**20:.0f} MiB (--max-ram)",
+                    found=f"about {size / 2**20:.0f} MiB with {workers} workers",
+                    fix=fix,
+                )
+
+
+def plan_of(
+    model: Architecture, weights: dict[str, Weight], tokenizer_bytes: int, workers: int
+) -> ExportPlan:
+    """What exporting these weights will take."""
+    groups = quant_groups(weights)
+    states = model.states()
+    ram = _BASE_RAM + workers * _TILES_PER_WORKER * TILE_BYTES
+    ram += 3 * tokenizer_bytes
+    return ExportPlan(
+        architecture=model.name,
+        parameters=sum(w.size for w in weights.values()),
+        tensors=len(weights),
+        groups=groups,
+        disk_bytes=sum(g.size_bytes for g in groups) + (4 << 20),
+        peak_ram_bytes=ram,
+        gate_ram_bytes=_gate_ram(groups, model.vocab_size, model.context_length),
+        context_length=model.context_length,
+        state_bytes_per_token=sum(s.size_bytes(1) for s in states if s.grows),
+        state_bytes_constant=sum(s.size_bytes(0) for s in states if not s.grows),
+    )
+
+
+def _gate_ram(groups: tuple[QuantGroup, ...], vocab_size: int, context: int | None) -> int:
+    """What the gate's child takes: the artefact as onnxruntime holds it (mapped, and packed
+    anew), three sets of logits and a streamed oracle. An upper bound of what was seen."""
+    tokens = min(verify.GATE_TOKENS, context or verify.GATE_TOKENS)
+    artefact = sum(g.size_bytes for g in groups)
+    return (160 << 20) + int(1.7 * artefact) + 3 * tokens * vocab_size * 4
+
+
+def quant_groups(weights: dict[str, Weight]) -> tuple[QuantGroup, ...]:
+    """Bytes by role and scheme, scales and zero points included."""
+    found: dict[tuple[str, Scheme], list[Weight]] = {}
+    for w in weights.values():
+        found.setdefault((w.role, w.scheme), []).append(w)
+    return tuple(
+        QuantGroup(
+            group=role,
+            scheme=scheme.name,
+            bits=float(scheme.bits),
+            block_size=scheme.block_size if scheme.quantized else None,
+            symmetric=scheme.zero == "none" if scheme.quantized else None,
+            tensors=len(members),
+            size_bytes=sum(_stored_bytes(w) for w in members),
+        )
+        for (role, scheme), members in found.items()
+    )
+
+
+def _stored_bytes(w: Weight) -> int:
+    if not w.scheme.quantized:
+        return w.size * w.scheme.bits // 8
+    padded = w.shape[0] * math.ceil(w.shape[1] / w.scheme.block_size) * w.scheme.block_size
+    return int(padded * w.scheme.bits_per_weight() / 8)
