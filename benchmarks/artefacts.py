@@ -47,8 +47,10 @@ class Model:
     tied: bool
 
 
+#: genai twice: told to use the same threads, and as it comes.
+PEERS = ("ours", "genai", "genai, default threads", "llama.cpp")
 MODELS = {
-    "smollm2": Model(smollm2_hub, smollm2_gguf, ("ours", "genai", "llama.cpp"), tied=True),
+    "smollm2": Model(smollm2_hub, smollm2_gguf, PEERS, tied=True),
     # Too small to time; for quality.
     "mamba2": Model(lambda _: harness.ROOT / "examples/models/tiny-mamba2", None, ("ours",), True),
 }
@@ -75,7 +77,7 @@ def ours(model: str, cache: Path, *options: str, refresh: bool = False) -> Path:
     path = cache / "benchmarks" / name
     if refresh or not (path / "manifest.json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _run(export_command(MODELS[model].hub(cache), path, *options, *gate))
+        run(export_command(MODELS[model].hub(cache), path, *options, *gate))
     return path
 
 
@@ -85,7 +87,7 @@ def genai(model: str, cache: Path, python: Path) -> Path:
     if not (path / "genai_config.json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-        _run(builder_command(python, MODELS[model].hub(cache), path, cache / "benchmarks/scratch"))
+        run(builder_command(python, MODELS[model].hub(cache), path, cache / "benchmarks/scratch"))
     return path
 
 
@@ -98,7 +100,7 @@ def llama_cpp(model: str, cache: Path, python: Path) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        _run([str(python), "-c", _QUANTIZE, str(make(cache)), str(part), str(FTYPE_Q4_0)])
+        run([str(python), "-c", _QUANTIZE, str(make(cache)), str(part), str(FTYPE_Q4_0)])
         part.replace(path)
     return path
 
@@ -107,7 +109,7 @@ def artefact(engine: str, model: str, cache: Path, python: Path, *, refresh: boo
     """What `engine` loads."""
     if engine == "ours":
         return ours(model, cache, "--quant", "int4", refresh=refresh)
-    return {"genai": genai, "llama.cpp": llama_cpp}[engine](model, cache, python)
+    return {"genai": genai, "llama.cpp": llama_cpp}[engine.split(",")[0]](model, cache, python)
 
 
 def interpreter(engine: str, python: Path) -> str:
@@ -115,7 +117,7 @@ def interpreter(engine: str, python: Path) -> str:
     return sys.executable if engine == "ours" else str(python)
 
 
-def _run(command: Sequence[str]) -> None:
+def run(command: Sequence[str]) -> None:
     result = subprocess.run(
         list(command), env=harness.child_env(), capture_output=True, text=True, check=False
     )

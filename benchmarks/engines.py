@@ -57,18 +57,19 @@ class Ours:
 
 
 class Genai:
-    """onnxruntime-genai's generator: greedy, sharing the cache buffer as its config says."""
+    """onnxruntime-genai's generator: greedy, sharing the cache buffer as its config says.
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    `threads` None leaves the number to genai.
+    """
+
+    def __init__(self, path: str, threads: int | None, context: int) -> None:
         import onnxruntime_genai as og  # type: ignore[import-not-found]
 
         config = og.Config(path)
         # No end of sequence: the number of tokens is fixed.
+        options = {} if threads is None else {"intra_op_num_threads": threads}
         overlay = {
-            "model": {
-                "eos_token_id": [3],
-                "decoder": {"session_options": {"intra_op_num_threads": threads}},
-            },
+            "model": {"eos_token_id": [3], "decoder": {"session_options": options}},
             "search": {"max_length": context, "do_sample": False},
         }
         config.overlay(json.dumps(overlay))
@@ -126,6 +127,7 @@ class LlamaCpp:
 ENGINES: dict[str, Callable[[str, int, int], Engine]] = {
     "ours": Ours,
     "genai": Genai,
+    "genai, default threads": lambda path, _, context: Genai(path, None, context),
     "llama.cpp": LlamaCpp,
 }
 

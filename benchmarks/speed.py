@@ -134,7 +134,7 @@ def weight_bytes(child: Child) -> int:
     """Bytes of weights that a decode step reads (tied models: all of them)."""
     if child.name == "ours":
         return (child.artefact / "weights.bin").stat().st_size
-    if child.name == "genai":
+    if child.name.startswith("genai"):
         return (child.artefact / "model.onnx.data").stat().st_size
     return child.artefact.stat().st_size
 
