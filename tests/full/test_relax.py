@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_mmllm.errors import ContextFull
+from edge_mmllm.errors import ContextFull, UnsupportedArchitecture
 from edge_mmllm.spec import CAPACITY, StateSpec
 from edge_mmllm_export.checkpoints import TensorInfo, open_checkpoint
 from edge_mmllm_export.models import build
@@ -67,7 +67,12 @@ def load(folder: Path) -> tuple[Architecture, dict[str, Weight]]:
     return model, bind(checkpoint, model.parameters(), sources, ignored=model.ignored())
 
 
-@pytest.fixture(scope="module", params=sorted(p.name for p in REFERENCES.iterdir() if p.is_dir()))
+#: References whose ops have no Relax lowering yet: refused by name (below).
+LATER = {"rwkv"}
+NAMES = sorted({p.name for p in REFERENCES.iterdir() if p.is_dir()} - LATER)
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def compiled(request: pytest.FixtureRequest) -> Case:
     folder = REFERENCES / request.param
     model, weights = load(folder)
@@ -87,6 +92,15 @@ def views(runner: RelaxRunner) -> dict[str, NDArray[Any]]:
 
 def address(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_what_has_no_lowering_yet_is_refused(name: str) -> None:
+    checkpoint = open_checkpoint(REFERENCES / name)
+    model = build(checkpoint)
+    weights = bind(checkpoint, model.parameters(), model.sources(checkpoint.layout))
+    with pytest.raises(UnsupportedArchitecture, match="mlc format has no token_shift"):
+        build_module(model, weights, capacity=CAPACITY_TOKENS)
 
 
 def test_logits_are_the_oracles_and_the_references(case: Case) -> None:
