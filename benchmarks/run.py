@@ -20,12 +20,16 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "memory.py": (),
     "footprint.py": (),
     "quality.py": (),
+    "state.py": (),
+    "streaming.py": (),
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "speed.py": ("--quick", "--wait", "5"),
     "export_cost.py": ("--rounds", "1", "--wait", "5"),
     "memory.py": ("--runs", "1"),
     "footprint.py": (),
+    "state.py": ("--runs", "5", "--only", "rwkv7-0.1b", "tiny-mamba2"),
+    "streaming.py": ("--tokens", "100000", "--rounds", "5"),
 }
 
 

@@ -1,0 +1,82 @@
+"""Line charts as one self-contained SVG, without a plotting library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 760, 300
+LEFT, RIGHT, TOP, BOTTOM = 70, 130, 40, 45
+COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#9a6700")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Attributes:
+        span: the least range of the y axis; None starts it at 0.
+    """
+
+    title: str
+    x_title: str
+    lines: Sequence[Line]
+    span: tuple[float, float] | None = None
+
+
+def svg(charts: Sequence[Chart]) -> str:
+    """The charts, one below the other."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT * len(charts)}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for i, chart in enumerate(charts):
+        parts += [f'<g transform="translate(0 {i * HEIGHT})">', *_chart(chart), "</g>"]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _chart(chart: Chart) -> list[str]:
+    xs = [x for line in chart.lines for x in line.x] or [0.0]
+    ys = [y for line in chart.lines for y in line.y] or [0.0]
+    low, high = chart.span or (0.0, 1.1 * max(ys))
+    low, high = min(low, *ys), max(high, *ys, low + 1e-9)
+    end = max(xs) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * x / end
+        return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low)
+
+    out = [f'<text x="{LEFT}" y="22" font-size="14">{escape(chart.title)}</text>']
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        x, y = at(0, value)
+        out.append(f'<path d="M{x:.1f} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        out.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        x, y = at(end * i / 4, low)
+        out.append(
+            f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{end * i / 4:g}</text>'
+        )
+    title = escape(chart.x_title)
+    out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{title}</text>')
+    for i, line in enumerate(chart.lines):
+        colour = COLOURS[i % len(COLOURS)]
+        points = " ".join(
+            "{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(line.x, line.y, strict=True)
+        )
+        out.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        )
+        place = f'x="{WIDTH - RIGHT + 10}" y="{TOP + 12 + 18 * i}" fill="{colour}"'
+        out.append(f"<text {place}>{escape(line.name)}</text>")
+    return out
