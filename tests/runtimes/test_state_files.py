@@ -232,6 +232,8 @@ def test_a_state_too_long_for_the_context(tmp_path):
     with toy.session() as session:
         session.prefill(IDS[:40])
         session.save_state(path)
+    with pytest.raises(ContextFull):
+        Snapshot.load(path, context=39)
     with toy.session(39) as small:
         with pytest.raises(ContextFull):
             small.load_state(path)
@@ -284,9 +286,17 @@ GOOD = {
 }
 
 
+CONSISTENT = [
+    forged(GOOD | {"states_bytes": 64}, bytes(64)),
+    forged(GOOD | {"states_bytes": 0, "logits": 32}, bytes(128)),
+    forged(GOOD | {"logits": 32}, bytes(256)),
+]
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        *CONSISTENT,
         forged(GOOD | {"position": -1}, bytes(128)),
         forged(GOOD | {"position": 3.0}, bytes(128)),
         forged(GOOD | {"position": True}, bytes(128)),
@@ -295,8 +305,6 @@ GOOD = {
         forged(GOOD | {"storage": ["f32"]}, bytes(128)),
         forged(GOOD | {"states_bytes": 1 << 50}, bytes(128)),
         forged(GOOD | {"states_bytes": 1 << 50}, bytes(128), size=1 << 50),
-        forged(GOOD | {"states_bytes": 64}, bytes(64)),
-        forged(GOOD | {"states_bytes": 0, "logits": 32}, bytes(128)),
         forged(GOOD | {"logits": 1 << 52}, bytes(128)),
         forged(GOOD | {"tokens": 2}, bytes(136)),
         forged(GOOD | {"bundle_sha256": "0" * 63}, bytes(128)),
@@ -305,23 +313,31 @@ GOOD = {
         forged({k: v for k, v in GOOD.items() if k != "tokens"}, bytes(128)),
         forged([GOOD], bytes(128)),
         forged(GOOD, bytes(128), version=2),
+        forged(GOOD, bytes(128), size=64),
         forged(None, told=b"[" * 2000),
         forged(None, told=b'{"position":' + b"9" * 1900 + b"}"),
         forged(None, told=b"\xff\xfe"),
         forged(None, told=b" " * 4000),
     ],
-    ids=range(22),
+    ids=range(24),
 )
 def test_hostile_files_are_refused(content, tmp_path):
+    """By themselves, but for those that contradict only the contract of the bundle."""
     (tmp_path / "toy").mkdir()
     path = tmp_path / "s.state"
     with toys.recurrent(tmp_path / "toy").session() as session:
         path.write_bytes(forged(GOOD, bytes(128)))
         assert session.load_state(path) == 3
         path.write_bytes(content)
-        with pytest.raises(CorruptState):
+        with pytest.raises(CorruptState, match="the state file") as caught:
             session.load_state(path)
         assert session.position == 3
+    if "contradicts its bundle" in str(caught.value):
+        assert content in CONSISTENT
+        assert Snapshot.load(path).position == 3
+    else:
+        with pytest.raises(CorruptState):
+            Snapshot.load(path)
 
 
 def test_sizes_are_checked_before_memory_is_taken(tmp_path, monkeypatch):
