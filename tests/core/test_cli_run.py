@@ -283,7 +283,11 @@ def test_a_template_that_forgets_answers_needs_raw(chat_bundle: Path) -> None:
         assert following_ids(session, "Hi", raw=True) == session.text.encode("Hi")
         turn = session.text.encode("\n<user>Hi\n<assistant>")
         assert following_ids(session, "Hi", raw=False) == turn
-        spec = replace(session.text.spec, chat_template=forgetful)
+        spec = replace(session.text.spec, bos_id=5, add_bos=True)
+        session._text = Text(spec, session.text._json)
+        assert session.text.encode("Hi")[0] == 5
+        assert following_ids(session, "Hi", raw=False) == turn  # BOS begins a text, not a turn
+        spec = replace(spec, chat_template=forgetful)
         session._text = Text(spec, session.text._json)
         with pytest.raises(UsageError, match="does not repeat"):
             following_ids(session, "Hi", raw=False)

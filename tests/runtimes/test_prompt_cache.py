@@ -82,6 +82,7 @@ def test_a_whole_cached_prompt_is_not_read_at_all(toy):
         found = session.prefill(IDS)
         assert np.array_equal(found, expected)
         found[:] = 0  # the caller's own
+        assert np.array_equal(session.logits, expected)
         session.reset()
         assert np.array_equal(session.prefill(IDS), expected)
         assert chunks == []

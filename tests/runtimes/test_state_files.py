@@ -317,7 +317,7 @@ CONSISTENT = [
         forged(None, told=b"[" * 2000),
         forged(None, told=b'{"position":' + b"9" * 1900 + b"}"),
         forged(None, told=b"\xff\xfe"),
-        forged(None, told=b" " * 4000),
+        forged(None, bytes(128), told=json.dumps(GOOD).encode() + b" " * 4000),
     ],
     ids=range(24),
 )
@@ -355,9 +355,19 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path, monkeypatch):
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, error in (("pipe", CorruptState), ("none", OSError), (".", (CorruptState, OSError))):
-        with pytest.raises(error):
+        with pytest.raises(error, match="regular file" if name == "pipe" else None):
             Snapshot.load(tmp_path / name)
         assert not statefile.is_state_file(tmp_path / name)
+
+
+def test_a_file_is_replaced_not_written_over(toy, saved):
+    """Who has the old one open, or is killed while writing, has a whole file."""
+    before = saved.read_bytes()
+    with saved.open("rb") as old, toy.session() as session:
+        session.prefill(IDS)
+        session.save_state(saved)
+        assert old.read() == before
+    assert saved.read_bytes() != before
 
 
 def test_a_failed_write_leaves_the_old_file(toy, saved, monkeypatch):
