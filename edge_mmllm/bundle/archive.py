@@ -19,7 +19,7 @@ from edge_mmllm.bundle.paths import CHUNK_BYTES, check_relative
 from edge_mmllm.bundle.reader import Bundle, altered, open_bundle
 from edge_mmllm.bundle.staging import Staging, check_free_space, space_error
 from edge_mmllm.bundle.writer import BundleWriter
-from edge_mmllm.errors import BundleError, CorruptBundle, UnsafeBundle
+from edge_mmllm.errors import BundleError, CorruptBundle, UnsafeBundle, UsageError
 
 #: The zip format's earliest date: the same bundle gives the same bytes.
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -38,8 +38,11 @@ def pack_bundle(
         BundleError: as `open_bundle`; CorruptBundle for a file with another hash.
         OutputExists: `out` exists (with `force`: and is not a packed bundle).
         OutOfSpace: the disk is full.
+        UsageError: `out` lies inside the bundle.
     """
     opened = open_bundle(bundle, verify="sizes")
+    if Path(out).absolute().resolve().is_relative_to(opened.root.resolve()):
+        raise UsageError("a bundle cannot be packed into its own folder", where=str(out))
     staging = Staging(Path(out), force=force, replaceable=_is_packed)
     try:
         check_free_space(staging.out.parent, opened.size_bytes)

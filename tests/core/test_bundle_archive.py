@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from edge_mmllm.bundle import Bundle, open_bundle, pack_bundle, unpack_bundle
-from edge_mmllm.errors import BundleError, CorruptBundle, EdgeError, OutputExists, UnsafeBundle
+from edge_mmllm.errors import (
+    BundleError,
+    CorruptBundle,
+    EdgeError,
+    OutputExists,
+    UnsafeBundle,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -57,6 +64,13 @@ def test_the_same_bundle_gives_the_same_bytes(bundle: Bundle, packed: Path) -> N
     bundle.file("decoder.onnx").touch()
     again = pack_bundle(bundle.root, bundle.root.parent / "again.edge")
     assert again.read_bytes() == packed.read_bytes()
+
+
+def test_a_bundle_is_not_packed_into_itself(bundle: Bundle) -> None:
+    before = _names(bundle.root)
+    with pytest.raises(UsageError, match="its own folder"):
+        pack_bundle(bundle.root, bundle.root / "in.edge")
+    assert _names(bundle.root) == before
 
 
 def test_an_altered_bundle_is_not_packed(bundle: Bundle, tmp_path: Path) -> None:
