@@ -6,7 +6,9 @@ request as JSON on stdin, writes `golden.npz` into the draft bundle and prints t
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +29,8 @@ Int64 = NDArray[np.int64]
 GATE_TOKENS = 256
 #: Positions whose logits go into the golden vectors.
 GOLDEN_ROWS = 8
+#: Source: linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 _TEXT = Path(__file__).with_name("gate_text.txt")
 #: Read of a text: more than enough for `GATE_TOKENS`.
 _TEXT_CHARACTERS = 1 << 16
@@ -248,8 +252,15 @@ def plan_scheme(plan: QuantPlan) -> str:
     return max(names, key=order.index)
 
 
+def _die_with_parent() -> None:
+    """On Linux, an export that is killed (SIGKILL) takes its gate along."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Entry point of the child: request on stdin, figures on stdout."""
+    _die_with_parent()
     request = Request.from_json(json.load(sys.stdin))
     try:
         figures = run(request)
