@@ -12,9 +12,7 @@ bound once. A step writes the token and the position and runs one of two prepare
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,28 +244,9 @@ def _value(array: NDArray[Any]) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """GroupQueryAttention without its flash path, for the kernels made inside the block.
-
-    Flash attention saves the scores of a chunk (heads * 512 * tokens floats, less than half of
-    what the keys and values of those tokens take) and costs a one-token step: 1 to 2 % at 128
-    tokens, 8 % at 850 (SmolLM2 int4, two threads). A setting of the user's own is left alone.
-    """
-    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-
-
 def _open(path: Path, threads: int) -> ort.InferenceSession:
     try:
-        with huge_pages(), _plain_attention():
+        with huge_pages():
             return ort.InferenceSession(
                 path, sess_options=session_options(threads), providers=["CPUExecutionProvider"]
             )
