@@ -83,6 +83,19 @@ RWKV = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+#: Weights tied and embeddings as wide as the model, as all sizes of OPT but 350m have them.
+OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "word_embed_proj_dim": 48,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -103,7 +116,7 @@ class Reference:
     dtype: torch.dtype = torch.bfloat16
 
     def config(self) -> Any:
-        base = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": MAMBA2, "Rwkv": RWKV}
+        base = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": MAMBA2, "Rwkv": RWKV, "OPT": OPT}
         config = base.get(self.family, TRANSFORMER) | self.changes
         return getattr(transformers, f"{self.family}Config")(**config)
 
@@ -146,6 +159,15 @@ REFERENCES = {
         "Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     ),
     "olmo2": Reference("Olmo2", {"num_key_value_heads": 3}),
+    "opt": Reference("OPT"),
+    "opt-350m": Reference(
+        "OPT",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "num_hidden_layers": 3},
+    ),
+    "opt-untied": Reference(
+        "OPT",
+        {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"},
+    ),
     "rwkv": Reference("Rwkv"),
     "mamba": Reference("Mamba", {"tie_word_embeddings": True}),
     "mamba-bias": Reference(

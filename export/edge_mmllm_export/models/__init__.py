@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "qwen2": "llama:Llama",
     "qwen3": "llama:Llama",
     "olmo2": "llama:Llama",
+    "opt": "opt:Opt",
     "mamba": "mamba:Mamba",
     "mamba2": "mamba2:Mamba2",
     "falcon_mamba": "falcon_mamba:FalconMamba",

@@ -98,6 +98,10 @@ class Ops(Protocol[T]):
         """Embedding lookup: index int `(seq,)` -> `(seq, K)`."""
         ...
 
+    def positions(self, x: T, table: Weight, *, offset: int = 0) -> T:
+        """The table's rows at the positions of x's tokens, counted from `offset`: `(seq, K)`."""
+        ...
+
     def logit_rows(self, x: T) -> T:
         """The rows of `(seq, width)` that the caller wants logits for: `(rows, width)`."""
         ...

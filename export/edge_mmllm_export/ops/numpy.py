@@ -54,6 +54,10 @@ class NumpyOps:
             return self._matrix(table)[index]
         return np.concatenate([table.rows(int(i), int(i) + 1) for i in index])
 
+    def positions(self, x: Array, table: Weight, *, offset: int = 0) -> Array:
+        first = self.position + offset
+        return self.rows(table, np.arange(first, first + x.shape[0]))
+
     def logit_rows(self, x: Array) -> Array:
         return x if self.wanted is None else x[self.wanted]
 

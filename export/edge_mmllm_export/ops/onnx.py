@@ -119,6 +119,15 @@ class OnnxOps:
             name = g.node("Cast", [name], to=1)[0]
         return Value(name, table.shape[1])
 
+    def positions(self, x: Value, table: Weight, *, offset: int = 0) -> Value:
+        g = self.graph
+        seq = g.node("Squeeze", [g.node("Shape", [self._use(x)], start=1, end=2)[0]])[0]
+        zero, one = (g.constant("int", np.asarray(i, np.int64)) for i in (0, 1))
+        index = g.node("Add", [g.node("Range", [zero, seq, one])[0], "position"])[0]
+        if offset:
+            index = g.node("Add", [index, g.ints(offset)])[0]
+        return self.rows(table, Value(index, 1))
+
     def logit_rows(self, x: Value) -> Value:
         return Value(self.graph.node("Gather", [self._use(x), "logit_rows"], axis=1)[0], x.width)
 

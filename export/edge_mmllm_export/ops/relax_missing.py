@@ -19,7 +19,10 @@ def _missing(op: str) -> NoReturn:
 
 
 class MissingOps(Generic[T]):
-    """The ops of RWKV. See `Ops` for what they compute."""
+    """The ops of RWKV, and learned positions. See `Ops` for what they compute."""
+
+    def positions(self, x: T, table: Weight, *, offset: int = 0) -> T:
+        _missing("positions")
 
     def token_shift(self, x: T, state: StateSpec) -> T:
         _missing("token_shift")
