@@ -19,6 +19,10 @@
     │   ├── UnsafeBundle         a path that leaves the folder, a symlink
     │   ├── UnsupportedBundle    a format version or engine this release does not know
     │   └── TemplateError        a chat template failed or tried to leave the sandbox
+    ├── MediaError               a picture, video or sound cannot be used
+    │   ├── CorruptMedia         damaged, cut short or empty
+    │   ├── UnsupportedMedia     a format or a shape that is not read; says what to convert to
+    │   └── MediaTooLarge        past the settings' limit (a decompression bomb); not decoded
     └── SessionError             a running session cannot go on
         ├── ContextFull          no room for the tokens asked for
         ├── SessionClosed
@@ -143,6 +147,22 @@ class UnsupportedBundle(BundleError):
 
 class TemplateError(BundleError):
     """A chat template failed, or tried to leave the sandbox."""
+
+
+class MediaError(EdgeError):
+    """A picture, video or sound cannot be used."""
+
+
+class CorruptMedia(MediaError):
+    """Damaged, cut short or empty."""
+
+
+class UnsupportedMedia(MediaError):
+    """A format or a shape that is not read; the message says what to convert it to."""
+
+
+class MediaTooLarge(MediaError):
+    """More pixels, frames or samples than the settings allow; nothing of it was decoded."""
 
 
 class SessionError(EdgeError):
