@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Layout
+from edge_mmllm_export.ops.vision import VisionOps
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
 T = TypeVar("T")
@@ -91,8 +92,9 @@ class Wkv7Weights:
     r_k: Weight
 
 
-class Ops(Protocol[T]):
-    """One backend's ops. Shapes are given as `(seq, width)`."""
+class Ops(VisionOps[T], Protocol[T]):
+    """One backend's ops. Shapes are given as `(seq, width)`. Those over images and recordings
+    stand in `vision.py`."""
 
     def rows(self, table: Weight, index: T) -> T:
         """Embedding lookup: index int `(seq,)` -> `(seq, K)`."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import numpy_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
+from edge_mmllm_export.ops.numpy_vision import NumpyVision
 from edge_mmllm_export.weights import Weight
 
 Array = NDArray[Any]
@@ -30,7 +31,7 @@ def _erf(x: Array) -> Array:
     return np.asarray(np.vectorize(math.erf, otypes=[np.float32])(x), np.float32)
 
 
-class NumpyOps:
+class NumpyOps(NumpyVision):
     """Runs a definition. Activations are `(seq, width)` float32 arrays.
 
     Args:

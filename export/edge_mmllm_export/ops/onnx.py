@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +17,8 @@ from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import onnx_mamba, onnx_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
+from edge_mmllm_export.ops.onnx_values import Packed, Value
+from edge_mmllm_export.ops.onnx_vision import OnnxVision
 from edge_mmllm_export.ops.onnx_weights import WeightStore
 from edge_mmllm_export.weights import Weight
 
@@ -25,27 +26,10 @@ from edge_mmllm_export.weights import Weight
 #: Source: `group_query_attention_helper.h` of onnxruntime 1.32.
 _HEAD_SIZE_STEP, _ROPE_HEAD_SIZE_STEP = 8, 16
 
-
-@dataclass(frozen=True)
-class Value:
-    """A graph value `(1, seq, width)`, or one part of a packed one that is split on first use."""
-
-    name: str
-    width: int
-    packed: Packed | None = None
-    part: int = 0
+__all__ = ["OnnxOps", "Packed", "Value"]
 
 
-@dataclass
-class Packed:
-    """Several values side by side along the last axis."""
-
-    name: str
-    widths: tuple[int, ...]
-    parts: list[str] | None = None
-
-
-class OnnxOps:
+class OnnxOps(OnnxVision):
     """Builds one graph.
 
     Args:

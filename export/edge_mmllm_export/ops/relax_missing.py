@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Generic, NoReturn, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops.base import Wkv7, Wkv7Weights
@@ -41,3 +44,53 @@ class MissingOps(Generic[T]):
 
     def wkv7(self, x: Wkv7[T], w: Wkv7Weights, state: StateSpec) -> tuple[T, T]:
         _missing("wkv7")
+
+    def patches(self, pixels: T, shape: tuple[int, int, int], size: int) -> T:
+        _missing("patches")
+
+    def input_rows(self, x: T, width: int, *, transposed: bool = False) -> T:
+        _missing("input_rows")
+
+    def windows(self, x: T, width: int, *, stride: int = 1, padding: int = 0) -> T:
+        _missing("windows")
+
+    def table(self, weight: Weight) -> T:
+        _missing("table")
+
+    def concat_rows(self, *x: T) -> T:
+        _missing("concat_rows")
+
+    def take_rows(self, x: T, start: int, stop: int | None = None) -> T:
+        _missing("take_rows")
+
+    def concat(self, *x: T) -> T:
+        _missing("concat")
+
+    def fold_rows(self, x: T, count: int) -> T:
+        _missing("fold_rows")
+
+    def average_rows(self, x: T, count: int) -> T:
+        _missing("average_rows")
+
+    def pixel_shuffle(self, x: T, grid: tuple[int, int], factor: int) -> T:
+        _missing("pixel_shuffle")
+
+    def full_attention(
+        self,
+        q: T,
+        k: T,
+        v: T,
+        *,
+        heads: int,
+        scale: float,
+        kv_heads: int | None = None,
+        bias: T | None = None,
+        frames: T | None = None,
+    ) -> T:
+        _missing("full_attention")
+
+    def grid_angles(self, grid: T, inv_freq: NDArray[np.float32], merge: int) -> T:
+        _missing("grid_angles")
+
+    def rotary(self, x: T, angles: T, heads: int) -> T:
+        _missing("rotary")
