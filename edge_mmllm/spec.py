@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from edge_mmllm._fields import Fields
 from edge_mmllm.errors import CorruptBundle
+from edge_mmllm.modality import MODALITIES, Component, Modality
 
 StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift"]
 Dtype = Literal["float32", "float16", "int8", "int64"]
@@ -80,9 +81,13 @@ class Stage:
         file: path inside the bundle, relative, with forward slashes.
         inputs: graph inputs in order, states left out. Of `input_ids` int64 `(seq,)`,
             `inputs_embeds` float32 `(seq, hidden)`, `position` int64 `(1,)` (index of the first
-            new token), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits).
+            new token), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits); an
+            encoder's first is what preprocessing makes (`pixels` float32
+            `(channels, height, width)`), a projector's first is `features` float32
+            `(rows, width)`.
         outputs: graph outputs in order, states left out: `logits` float32 `(rows, vocab)` for a
-            decoder, `inputs_embeds` float32 `(seq, hidden)` for an embedder.
+            decoder, `inputs_embeds` float32 `(seq, hidden)` for an embedder or a projector,
+            `features` float32 `(rows, width)` for an encoder.
         in_place: names of states whose `next.X` may be written over `state.X`, in one buffer,
             because nothing in the graph reads the old value once the new one is being written.
     """
@@ -149,6 +154,8 @@ class ModelSpec:
         states: the state contract, in graph order.
         stages: name -> Stage; a text model has `decoder`, and `embed` where the decoder takes
             `inputs_embeds`.
+        components: the filled slots of a multimodal model; empty for a text model.
+        modalities: `image`, `video`, `audio` -> how it reaches the backbone.
     """
 
     architecture: str
@@ -161,6 +168,8 @@ class ModelSpec:
     stages: dict[str, Stage]
     text: TextSpec
     details: dict[str, Any] = field(default_factory=dict)
+    components: tuple[Component, ...] = ()
+    modalities: dict[str, Modality] = field(default_factory=dict)
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of all states at `tokens` tokens."""
@@ -188,9 +197,11 @@ class ModelSpec:
         if len(set(names)) != len(names):
             raise fields.fail("states", "states with different names")
         stages = fields.child("stages")
+        vocab_size = fields.integer("vocab_size", least=1)
+        parts = fields.children("components") if "components" in fields.value else []
         spec = cls(
             architecture=fields.text("architecture"),
-            vocab_size=fields.integer("vocab_size", least=1),
+            vocab_size=vocab_size,
             hidden_size=fields.integer("hidden_size", least=1),
             layers=fields.integer("layers"),
             parameters=fields.integer("parameters"),
@@ -199,6 +210,8 @@ class ModelSpec:
             stages={name: Stage.from_json(stages.child(name)) for name in stages.value},
             text=TextSpec.from_json(fields.child("text")),
             details=fields.mapping("details", required=False),
+            components=tuple(Component.from_json(f) for f in parts),
+            modalities=_modalities(fields, vocab_size),
         )
         bos = spec.text.bos_id
         if bos is not None and bos >= spec.vocab_size:
@@ -209,3 +222,16 @@ class ModelSpec:
                 found=str(bos),
             )
         return spec
+
+
+def _modalities(fields: Fields, vocab_size: int) -> dict[str, Modality]:
+    """`model.modalities`, `{}` where absent. Raises: CorruptBundle."""
+    if "modalities" not in fields.value:
+        return {}
+    child, stages = fields.child("modalities"), fields.mapping("stages")
+    unknown = sorted(set(child.value) - set(MODALITIES))
+    if unknown:
+        raise fields.fail("modalities", "members of " + ", ".join(MODALITIES))
+    if child.value and not {"embed", "decoder"} <= stages.keys():
+        raise fields.fail("stages", "`embed` and `decoder`, since there are modalities")
+    return {name: Modality.from_json(child.child(name), vocab_size, stages) for name in child.value}
