@@ -101,7 +101,8 @@ class Ops(VisionOps[T], Protocol[T]):
         ...
 
     def positions(self, x: T, table: Weight, *, offset: int = 0) -> T:
-        """The table's rows at the positions of x's tokens, counted from `offset`: `(seq, K)`."""
+        """The table's rows at the positions of x's tokens, counted from `offset`: `(seq, K)`.
+        In a stage without states the first token's position is 0."""
         ...
 
     def logit_rows(self, x: T) -> T:

@@ -107,7 +107,9 @@ class OnnxOps(OnnxVision):
         g = self.graph
         seq = g.node("Squeeze", [g.node("Shape", [self._use(x)], start=1, end=2)[0]])[0]
         zero, one = (g.constant("int", np.asarray(i, np.int64)) for i in (0, 1))
-        index = g.node("Add", [g.node("Range", [zero, seq, one])[0], "position"])[0]
+        index = g.node("Range", [zero, seq, one])[0]
+        if "position" in g.plain_inputs():
+            index = g.node("Add", [index, "position"])[0]
         if offset:
             index = g.node("Add", [index, g.ints(offset)])[0]
         return self.rows(table, Value(index, 1))
