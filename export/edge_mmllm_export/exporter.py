@@ -40,6 +40,7 @@ from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
 from edge_mmllm_export.checkpoints.text import load_tokenizer
 from edge_mmllm_export.checkpoints.world import load_world
+from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.models import build
 from edge_mmllm_export.onnx import write_stages
 from edge_mmllm_export.ops.base import Architecture
@@ -251,6 +252,8 @@ def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
         states=job.model.states(),
         stages=stages,
         text=job.text.spec,
+        components=job.model.components() if isinstance(job.model, Composite) else (),
+        modalities=job.model.modalities() if isinstance(job.model, Composite) else {},
     )
 
 

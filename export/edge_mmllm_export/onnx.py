@@ -8,11 +8,12 @@ float32 `(seq, hidden)`, `position` int64 `(1,)`, `logit_rows` int64 `(rows,)`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from edge_mmllm.spec import CAPACITY, Stage
+from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
@@ -32,9 +33,13 @@ def write_stages(
 ) -> dict[str, Stage]:
     """Write `decoder.onnx` (and `embed.onnx` for `embeds`) with their weights into `folder`.
 
+    Of a `Composite` also the stages of its modalities, each with a data file of its own, so that
+    a device that releases a stage has its memory back.
+
     Args:
         inputs: `ids` puts the embedding inside the decoder; `embeds` makes it a stage of its
-            own, for models whose embeddings also come from elsewhere (images, audio).
+            own, for models whose embeddings also come from elsewhere (images, audio). A
+            `Composite` has `embeds` always.
         workers: threads that read, quantize and write tiles.
         progress: called with numbers of weights done; they add up to the model's.
 
@@ -46,6 +51,10 @@ def write_stages(
     stages: dict[str, Stage] = {}
     pool = ThreadPoolExecutor(workers) if workers > 1 else None
     try:
+        if isinstance(model, Composite):
+            inputs = "embeds"
+            for definition in model.stage_definitions():
+                stages[definition.name] = _media_stage(definition, weights, folder, pool, progress)
         if inputs == "embeds":
             graph = GraphBuilder("embed", data)
             op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
@@ -67,6 +76,34 @@ def write_stages(
             pool.shutdown(wait=True, cancel_futures=True)
         data.close()
     return stages
+
+
+def _media_stage(
+    definition: StageDefinition,
+    weights: Mapping[str, Weight],
+    folder: Path,
+    pool: Executor | None,
+    progress: Callable[[int], None] | None,
+) -> Stage:
+    """A stage of an encoder or projector, with its own data file `NAME.bin`."""
+    name = definition.name
+    data = TensorFile(folder / f"{name}.bin")
+    try:
+        graph = GraphBuilder(name, data)
+        op = OnnxOps(graph, workers=pool, progress=progress)
+        inputs = []
+        for port in definition.ports:
+            graph.input(port.name, port.dtype, port.shape)
+            last = port.shape[-1] if port.shape else 1
+            inputs.append(Value(port.name, last if isinstance(last, int) else 1))
+        result = definition.run(op, scoped(weights, definition.scope), inputs)
+        _output(graph, result, definition.output, definition.width)
+        op.finish()
+        graph.save(folder / f"{name}.onnx", {"stage": name})
+    finally:
+        data.close()
+    ports = tuple(port.name for port in definition.ports)
+    return Stage(f"{name}.onnx", ports, (definition.output,))
 
 
 def _decoder(
@@ -101,7 +138,7 @@ def _output(graph: GraphBuilder, x: Value, name: str, width: int) -> None:
     """Drop the batch axis and give a graph output its name."""
     graph.scope = ""
     graph.node("Squeeze", [x.name, graph.ints(0)], [name])
-    graph.output(name, "float32", ["rows" if name == "logits" else "seq", width])
+    graph.output(name, "float32", ["seq" if graph.name == "embed" else "rows", width])
 
 
 def _symbolic(shape: tuple[int, ...]) -> list[int | str]:

@@ -11,7 +11,7 @@ from edge_mmllm.errors import MemoryLimitExceeded, UsageError
 from edge_mmllm_export import verify
 from edge_mmllm_export.onnx import Inputs
 from edge_mmllm_export.ops.base import Architecture
-from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
+from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import TILE_BYTES, Weight
 
 #: RSS of the process before the first tile: Python, numpy, onnx, tokenizers and their libraries.
@@ -129,13 +129,15 @@ def _gate_ram(groups: tuple[QuantGroup, ...], vocab_size: int, context: int | No
 
 
 def quant_groups(weights: dict[str, Weight]) -> tuple[QuantGroup, ...]:
-    """Bytes by role and scheme, scales and zero points included."""
+    """Bytes by component, role and scheme, scales and zero points included."""
     found: dict[tuple[str, Scheme], list[Weight]] = {}
     for w in weights.values():
-        found.setdefault((w.role, w.scheme), []).append(w)
+        part = component(w.name)
+        group = w.role if part is None else f"{w.name.split('.')[0]} {part} {w.role}"
+        found.setdefault((group, w.scheme), []).append(w)
     return tuple(
         QuantGroup(
-            group=role,
+            group=group,
             scheme=scheme.name,
             bits=float(scheme.bits),
             block_size=scheme.block_size if scheme.quantized else None,
@@ -143,7 +145,7 @@ def quant_groups(weights: dict[str, Weight]) -> tuple[QuantGroup, ...]:
             tensors=len(members),
             size_bytes=sum(_stored_bytes(w) for w in members),
         )
-        for (role, scheme), members in found.items()
+        for (group, scheme), members in found.items()
     )
 
 

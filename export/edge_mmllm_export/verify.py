@@ -247,6 +247,7 @@ def _write_golden(path: Path, ids: Int64, logits: NDArray[np.float32]) -> None:
 def plan_scheme(plan: QuantPlan) -> str:
     """The coarsest scheme in a plan: its thresholds apply."""
     names = [plan.name, plan.embedding or plan.name]
+    names += [name for name in (plan.encoder, plan.projector) if name is not None]
     names += [f"int{s.bits}" if s.quantized else f"f{s.bits}" for _, s in plan.overrides]
     order = list(THRESHOLDS)
     return max(names, key=order.index)

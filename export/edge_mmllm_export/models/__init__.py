@@ -7,6 +7,7 @@ import importlib
 
 from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Checkpoint
+from edge_mmllm_export.families import FAMILIES, build_family
 from edge_mmllm_export.models import rwkv, state_spaces
 from edge_mmllm_export.ops.base import Architecture
 
@@ -45,19 +46,23 @@ def architecture_name(checkpoint: Checkpoint) -> str:
 
 
 def build(checkpoint: Checkpoint, context: int | None = None) -> Architecture:
-    """The definition of a checkpoint's architecture, with its config read.
+    """The definition of a checkpoint's architecture, with its config read; of a multimodal
+    family a `Composite`.
 
     Raises:
         UnsupportedArchitecture: no definition; names the nearest supported one.
         CheckpointError: a config that cannot be used.
     """
     name = architecture_name(checkpoint)
+    if name in FAMILIES and checkpoint.layout == "hub":
+        return build_family(name, checkpoint, context)
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)
+        known = [*ARCHITECTURES, *FAMILIES]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise UnsupportedArchitecture(
             f"there is no definition of {name!r}",
             where=str(checkpoint.source),
-            expected=" | ".join(ARCHITECTURES),
+            expected=" | ".join(known),
             found=name,
             fix=f"the nearest supported architecture is {near[0]!r}, but it is another model",
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from edge_mmllm.errors import UsageError
+from edge_mmllm.modality import MODALITIES
 
 if TYPE_CHECKING:
     from edge_mmllm_export.weights import Parameter
@@ -69,6 +70,9 @@ class QuantPlan:
         embedding: the scheme of embedding and head; None means 8 bits where `name` is int4,
             else the same as matrices.
         overrides: `(pattern, scheme)` pairs over our names; the last match wins.
+        encoder: the scheme of a modality encoder's matrices; None means 8 bits where `name` is
+            int4, else the same as the backbone's.
+        projector: of a projector's; None means f16 where `name` is int8 or int4.
     """
 
     name: str = "int4"
@@ -76,9 +80,11 @@ class QuantPlan:
     zero: Zero = "none"
     embedding: str | None = None
     overrides: tuple[tuple[str, Scheme], ...] = ()
+    encoder: str | None = None
+    projector: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (self.name, self.embedding):
+        for name in (self.name, self.embedding, self.encoder, self.projector):
             if name is not None and name not in QUANT_NAMES:
                 raise UsageError(f"unknown quantization {name!r}", expected=" | ".join(QUANT_NAMES))
         if self.block_size not in BLOCK_SIZES:
@@ -107,7 +113,9 @@ class QuantPlan:
                     )
                 return _fit(scheme, p)
         if p.role in ("embedding", "head"):
-            name = self.embedding or ("int8" if self.name == "int4" else self.name)
+            part = component(p.name)
+            own = "int8" if self.name == "int4" else self.name
+            name = self.of_component(part) if part else self.embedding or own
             scheme = self._scheme(name)
             if scheme.bits == 8 and self.name == "int4":
                 # At 8 bits a block of 128 costs no quality and 0.75 bits less than one of 32.
@@ -116,7 +124,24 @@ class QuantPlan:
                 # Rows are picked by GatherBlockQuantized, whose zero points are integers.
                 scheme = replace(scheme, zero="int")
             return _fit(scheme, p)
-        return _fit(self._scheme(self.name), p)
+        return _fit(self._scheme(self.of_component(component(p.name))), p)
+
+    def of_component(self, part: str | None) -> str:
+        """The scheme's name for matrices of `encoder`, `projector` or (None) the backbone."""
+        if part == "encoder":
+            return self.encoder or ("int8" if self.name == "int4" else self.name)
+        if part == "projector":
+            return self.projector or ("f16" if self.name in ("int8", "int4") else self.name)
+        return self.name
+
+
+def component(name: str) -> str | None:
+    """`encoder` or `projector` of a name such as `image.encoder.layers.0.attn.q`; None for the
+    backbone's."""
+    parts = name.split(".", 2)
+    if len(parts) > 2 and parts[0] in MODALITIES and parts[1] in ("encoder", "projector"):
+        return parts[1]
+    return "projector" if name.startswith("output.") else None
 
 
 def _fit(scheme: Scheme, p: Parameter) -> Scheme:

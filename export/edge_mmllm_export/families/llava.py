@@ -1,0 +1,63 @@
+"""LLaVA and LLaVA-1.5, with any encoder and any backbone that has a definition.
+
+Source: LLaVA-1.5 (arXiv 2310.03744); `modeling_llava.py` of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from edge_mmllm.modality import Modality
+from edge_mmllm_export.checkpoints.base import Checkpoint
+from edge_mmllm_export.checkpoints.view import Renames
+from edge_mmllm_export.families import hub
+from edge_mmllm_export.families.composite import Composite, Part, Pathway
+from edge_mmllm_export.models.config import Fields
+from edge_mmllm_export.models.mlp import ACTIVATIONS, Mlp, MlpConfig
+
+#: Names of the language model: as transformers 5 has them in memory, as 4 and `save_pretrained` do.
+BACKBONES = (
+    Renames((("model.", "model.language_model."), ("", ""))),
+    Renames((("", "language_model."),)),
+)
+TOWERS = (
+    "vision_tower.vision_model.",
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+    "vision_tower.",
+)
+PROJECTORS = ("multi_modal_projector.", "model.multi_modal_projector.")
+
+
+def llava(checkpoint: Checkpoint, context: int | None) -> Composite:
+    """The model of a LLaVA config. Raises: CheckpointError."""
+    f = Fields(checkpoint.config, f"{checkpoint.source}, config.json")
+    language, renames = hub.backbone(checkpoint, context, BACKBONES)
+    layers = f.get("vision_feature_layer", -2)
+    select = f.one_of("vision_feature_select_strategy", ("default", "full"), "default")
+    tower = hub.vision_encoder(
+        checkpoint,
+        tuple(layers) if isinstance(layers, list) else (int(layers),),
+        select,
+        "clip_vision_model",
+    )
+    mlp = MlpConfig(
+        widths=(tower.width, language.hidden_size, language.hidden_size),
+        names=("linear_1", "linear_2"),
+        activation=ACTIVATIONS[f.one_of("projector_hidden_act", tuple(ACTIVATIONS), "gelu")],
+        bias=f.flag("multimodal_projector_bias", True),
+    )
+    token_id = f.size("image_token_id", f.get("image_token_index", 32000), least=0)
+    image = Modality(
+        stages=(),
+        placeholder=hub.placeholder(checkpoint, token_id),
+        token_id=token_id,
+        tokens=tower.tokens,
+        layout={"kind": "plain"},
+        settings=hub.image_settings(checkpoint),
+    )
+    path = Pathway(
+        name="image",
+        encoder=Part(tower, hub.prefix(checkpoint, *TOWERS)),
+        projector=Part(Mlp(mlp), hub.prefix(checkpoint, *PROJECTORS)),
+        modality=image,
+    )
+    return Composite(f.get("model_type"), language, renames, [path])
