@@ -14,7 +14,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -106,19 +106,17 @@ def open_image(
         CorruptMedia: damaged, cut short or empty.
         UsageError: there is no such file, or `source` is of another type.
     """
+    from PIL import Image
+
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source), "array", pixel_limit)
-    if _is_picture(source):
+    if isinstance(source, Image.Image):
         return to_rgb(source, "picture", pixel_limit)
     picture, where = open_undecoded(source, pixel_limit=pixel_limit)
     try:
         return to_rgb(picture, where, pixel_limit)
     finally:
         picture.close()
-
-
-def _is_picture(source: object) -> TypeGuard[Image.Image]:
-    return hasattr(source, "getbands")  # Pillow may not be imported yet
 
 
 def open_undecoded(
