@@ -7,6 +7,7 @@ consistent in itself, or it raises.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -25,6 +26,8 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8}
 
 #: Stands for the session's capacity (tokens) in a kv state's shape.
 CAPACITY = -1
+#: Stands for the number of rows that a cross_kv state was filled from: encoder tokens, patches.
+MEMORY = -2
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class StateSpec:
     Attributes:
         name: e.g. `layers.0.attn.k`; the graph has `state.<name>` in and `next.<name>` out.
         shape: fixed, but for `CAPACITY` (-1), the session's capacity in tokens. kv states are
-            `(1, kv_heads, CAPACITY, head_dim)`; recurrent ones keep a constant size for ever.
+            `(1, kv_heads, CAPACITY, head_dim)`; cross_kv ones `(1, kv_heads, MEMORY, head_dim)`,
+            of as many rows as were read, with none at first; recurrent ones keep a constant
+            size for ever.
         dtype: element type.
-        kind: `kv` states may share one buffer between past and present; the others are
-            written whole in each forward.
+        kind: `kv` states may share one buffer between past and present; `cross_kv` states are
+            written by the stage that lists them in `fills`, and only read by the decoder (no
+            `next.<name>`); the others are written whole in each forward.
     """
 
     name: str
@@ -45,14 +51,16 @@ class StateSpec:
     dtype: Dtype
     kind: StateKind
 
-    def at(self, capacity: int) -> tuple[int, ...]:
-        """The shape with `capacity` tokens filled in."""
-        return tuple(capacity if d == CAPACITY else d for d in self.shape)
+    def at(self, capacity: int, memory: int = 0) -> tuple[int, ...]:
+        """The shape with `capacity` tokens and `memory` rows filled in."""
+        sizes = {CAPACITY: capacity, MEMORY: memory}
+        return tuple(sizes.get(d, d) for d in self.shape)
 
-    def size_bytes(self, tokens: int) -> int:
-        """Bytes held for `tokens` tokens (the same for any count unless `kv`)."""
+    def size_bytes(self, tokens: int, memory: int = 0) -> int:
+        """Bytes held for `tokens` tokens and `memory` rows (the same for any count unless `kv`
+        or `cross_kv`)."""
         size = _DTYPE_BYTES[self.dtype]
-        for d in self.at(tokens):
+        for d in self.at(tokens, memory):
             size *= d
         return size
 
@@ -65,10 +73,14 @@ class StateSpec:
     def from_json(cls, fields: Fields) -> StateSpec:
         """Reads one entry of `model.states`. Raises: CorruptBundle."""
         kind = cast(StateKind, fields.one_of("kind", get_args(StateKind)))
-        shape = fields.integers("shape", least=CAPACITY)
-        free = shape.count(CAPACITY)
-        if 0 in shape or free > 1 or (free and kind != "kv"):
-            raise fields.fail("shape", "sizes of at least 1, with one -1 at most, in a kv state")
+        shape = fields.integers("shape", least=MEMORY)
+        free = [d for d in shape if d < 0]
+        wanted = {"kv": [CAPACITY], "cross_kv": [MEMORY]}.get(kind, [])
+        if 0 in shape or (free and free != wanted) or (kind == "cross_kv" and not free):
+            raise fields.fail(
+                "shape",
+                "sizes of at least 1, at most one -1 in a kv state, one -2 in cross_kv",
+            )
         dtype = cast(Dtype, fields.one_of("dtype", get_args(Dtype)))
         return cls(fields.text("name"), shape, dtype, kind)
 
@@ -90,18 +102,22 @@ class Stage:
             `features` float32 `(rows, width)` for an encoder.
         in_place: names of states whose `next.X` may be written over `state.X`, in one buffer,
             because nothing in the graph reads the old value once the new one is being written.
+        fills: names of cross_kv states that the stage computes from its input, as `next.X`.
     """
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     in_place: tuple[str, ...] = ()
+    fills: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, fields: Fields) -> Stage:
         """Reads one value of `model.stages`. Raises: CorruptBundle."""
         in_place = fields.texts("in_place") if "in_place" in fields.value else ()
-        return cls(fields.text("file"), fields.texts("inputs"), fields.texts("outputs"), in_place)
+        fills = fields.texts("fills") if "fills" in fields.value else ()
+        inputs, outputs = fields.texts("inputs"), fields.texts("outputs")
+        return cls(fields.text("file"), inputs, outputs, in_place, fills)
 
 
 @dataclass(frozen=True)
@@ -153,9 +169,10 @@ class ModelSpec:
         context_length: the longest context the bundle supports; None = unbounded (recurrent).
         states: the state contract, in graph order.
         stages: name -> Stage; a text model has `decoder`, and `embed` where the decoder takes
-            `inputs_embeds`.
+            `inputs_embeds`; an encoder-decoder also `encode_text`, which reads the prompt.
         components: the filled slots of a multimodal model; empty for a text model.
         modalities: `image`, `video`, `audio` -> how it reaches the backbone.
+        decoder_start_id: of an encoder-decoder: the id that an answer begins from.
     """
 
     architecture: str
@@ -170,10 +187,11 @@ class ModelSpec:
     details: dict[str, Any] = field(default_factory=dict)
     components: tuple[Component, ...] = ()
     modalities: dict[str, Modality] = field(default_factory=dict)
+    decoder_start_id: int | None = None
 
-    def state_bytes(self, tokens: int) -> int:
-        """Bytes of all states at `tokens` tokens."""
-        return sum(s.size_bytes(tokens) for s in self.states)
+    def state_bytes(self, tokens: int, memory: int = 0) -> int:
+        """Bytes of all states at `tokens` tokens and `memory` rows of cross_kv."""
+        return sum(s.size_bytes(tokens, memory) for s in self.states)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, as stored under `model` in the manifest."""
@@ -212,7 +230,9 @@ class ModelSpec:
             details=fields.mapping("details", required=False),
             components=tuple(Component.from_json(f) for f in parts),
             modalities=_modalities(fields, vocab_size),
+            decoder_start_id=_start_id(fields, vocab_size, stages.value),
         )
+        _check_fills(fields, spec)
         bos = spec.text.bos_id
         if bos is not None and bos >= spec.vocab_size:
             raise CorruptBundle(
@@ -222,6 +242,23 @@ class ModelSpec:
                 found=str(bos),
             )
         return spec
+
+
+def _start_id(fields: Fields, vocab_size: int, stages: Collection[str]) -> int | None:
+    """`model.decoder_start_id`, which goes with a stage `encode_text`. Raises: CorruptBundle."""
+    start = fields.maybe_integer("decoder_start_id")
+    if (start is not None) != ("encode_text" in stages) or (start or 0) >= vocab_size:
+        raise fields.fail(
+            "decoder_start_id", f"an id below {vocab_size} where there is `encode_text`, else null"
+        )
+    return start
+
+
+def _check_fills(fields: Fields, spec: ModelSpec) -> None:
+    """Every cross_kv state is filled by one stage. Raises: CorruptBundle."""
+    filled = sorted(name for stage in spec.stages.values() for name in stage.fills)
+    if filled != sorted(s.name for s in spec.states if s.kind == "cross_kv"):
+        raise fields.fail("stages", "each cross_kv state in the `fills` of one stage, no others")
 
 
 def _modalities(fields: Fields, vocab_size: int) -> dict[str, Modality]:

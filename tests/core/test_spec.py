@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from edge_mmllm.errors import CorruptBundle
-from edge_mmllm.spec import CAPACITY, ModelSpec, StateSpec
+from edge_mmllm.spec import CAPACITY, MEMORY, ModelSpec, Stage, StateSpec
 
 _DROP = object()
 
@@ -28,6 +29,50 @@ def test_kv_state_grows_and_others_do_not() -> None:
     assert kv.at(10) == (1, 2, 10, 4)
     assert (kv.size_bytes(1), kv.size_bytes(10)) == (16, 160)
     assert conv.size_bytes(1) == conv.size_bytes(1_000_000) == 96
+
+
+def test_cross_kv_holds_what_was_read_whatever_the_position() -> None:
+    state = StateSpec("x", (1, 2, MEMORY, 4), "float32", "cross_kv")
+    assert not state.grows
+    assert (state.at(10), state.at(10, 3)) == ((1, 2, 0, 4), (1, 2, 3, 4))
+    assert (state.size_bytes(10), state.size_bytes(10, 3)) == (0, 96)
+
+
+def encoder_decoder(spec: ModelSpec) -> ModelSpec:
+    states = tuple(
+        StateSpec(f"layers.0.cross.{n}", (1, 2, MEMORY, 4), "float32", "cross_kv") for n in "kv"
+    )
+    reader = Stage("encode_text.onnx", ("input_ids",), (), fills=tuple(s.name for s in states))
+    stages = {**spec.stages, "encode_text": reader}
+    return replace(spec, states=spec.states + states, stages=stages, decoder_start_id=0)
+
+
+def test_an_encoder_decoder_comes_back(sample_spec: ModelSpec) -> None:
+    spec = encoder_decoder(sample_spec)
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("decoder_start_id", None, "model.decoder_start_id"),
+        ("decoder_start_id", 300, "model.decoder_start_id"),
+        ("stages.encode_text", _DROP, "model.decoder_start_id"),
+        ("stages.encode_text.fills", ["layers.0.cross.k"], "model.stages"),
+        ("stages.encode_text.fills", _DROP, "model.stages"),
+        ("stages.decoder.fills", ["layers.0.cross.k"], "model.stages"),
+        ("states.2.shape", [1, 2, 3, 4], "model.states[2].shape"),
+        ("states.2.shape", [1, 2, -1, 4], "model.states[2].shape"),
+        ("states.2.kind", "kv", "model.states[2].shape"),
+    ],
+)
+def test_an_encoder_decoder_that_contradicts_itself(
+    sample_spec: ModelSpec, path: str, value: object, named: str
+) -> None:
+    document = encoder_decoder(sample_spec).to_json()
+    with pytest.raises(CorruptBundle) as caught:
+        ModelSpec.from_json(_change(document, path, value))
+    assert caught.value.where == named
 
 
 def test_state_bytes_sums_all_states(sample_spec: ModelSpec) -> None:
