@@ -121,8 +121,21 @@ def test_rows_joined_and_cut(both):
     np.testing.assert_array_equal(y, np.tile(x + w["places"].values[1:], 2))
 
 
+@pytest.mark.parametrize(("count", "stride", "rows"), [(5, 1, 5), (5, 2, 3), (6, 2, 3), (9, 2, 4)])
+def test_first_rows_of_a_run(count, stride, rows, both):
+    x = _random(4 if stride == 2 else 7, 3)
+    y = _same(both(lambda op, x, n: op.first_rows(x, n, stride), x, np.array([count])))
+    np.testing.assert_array_equal(y, x[:rows])
+
+
 def test_rows_folded_and_averaged(both):
-    x = _random(12, 5)
+    x = _random(13, 5)
+    np.testing.assert_allclose(
+        _same(both(lambda op, x: op.average_rows(x, 4), x), atol=1e-6)[2],
+        x[8:12].mean(axis=0),
+        atol=1e-6,
+    )
+    x = x[:12]
     folded = _same(both(lambda op, x: op.fold_rows(x, 4), x))
     np.testing.assert_array_equal(folded[1, 10:15], x[6])
     mean = _same(both(lambda op, x: op.average_rows(x, 2), x), atol=1e-6)

@@ -175,3 +175,8 @@ def kept_layers(layers: int, feature_layer: int, where: str) -> int:
             found=str(feature_layer),
         )
     return kept
+
+
+def flat(name: str, stored: tuple[int, ...]) -> Source:
+    """A small table that the checkpoint keeps with leading axes of one, e.g. a class token."""
+    return Source(name, whole=lambda theirs: theirs, stored=stored)

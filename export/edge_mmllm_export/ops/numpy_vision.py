@@ -42,6 +42,9 @@ class NumpyVision:
     def take_rows(self, x: Array, start: int, stop: int | None = None) -> Array:
         return x[start:stop]
 
+    def first_rows(self, x: Array, count: Array, stride: int = 1) -> Array:
+        return x[: -(-int(count[0]) // stride)]
+
     def concat(self, *x: Array) -> Array:
         return np.concatenate(x, axis=-1)
 
@@ -49,7 +52,8 @@ class NumpyVision:
         return x.reshape(-1, count * x.shape[1])
 
     def average_rows(self, x: Array, count: int) -> Array:
-        return np.asarray(x.reshape(-1, count, x.shape[1]).mean(axis=1), np.float32)
+        whole = x[: len(x) // count * count]
+        return np.asarray(whole.reshape(-1, count, x.shape[1]).mean(axis=1), np.float32)
 
     def pixel_shuffle(self, x: Array, grid: tuple[int, int], factor: int) -> Array:
         rows, columns, width = grid[0] // factor, grid[1] // factor, x.shape[1]

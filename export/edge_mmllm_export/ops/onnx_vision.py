@@ -81,6 +81,13 @@ class OnnxVision:
         name = g.node("Slice", [self._use(x), g.ints(start), ends, g.ints(1)])[0]
         return Value(name, x.width)
 
+    def first_rows(self: _Builder, x: Value, count: Value, stride: int = 1) -> Value:
+        g, end = self.graph, count.name
+        if stride > 1:
+            end = g.node("Add", [end, g.ints(stride - 1)])[0]
+            end = g.node("Div", [end, g.ints(stride)])[0]
+        return Value(g.node("Slice", [self._use(x), g.ints(0), end, g.ints(1)])[0], x.width)
+
     def concat(self: _Builder, *x: Value) -> Value:
         names = [self._use(v) for v in x]
         return Value(self.graph.node("Concat", names, axis=2)[0], sum(v.width for v in x))
@@ -90,8 +97,12 @@ class OnnxVision:
         return Value(g.node("Reshape", [self._use(x), g.ints(1, -1, flat)])[0], flat)
 
     def average_rows(self: _Builder, x: Value, count: int) -> Value:
-        g = self.graph
-        runs = g.node("Reshape", [self._use(x), g.ints(1, -1, count, x.width)])[0]
+        g, name = self.graph, self._use(x)
+        length = g.node("Shape", [name], start=1, end=2)[0]
+        rest = g.node("Mod", [length, g.ints(count)])[0]
+        whole = g.node("Sub", [length, rest])[0]
+        name = g.node("Slice", [name, g.ints(0), whole, g.ints(1)])[0]
+        runs = g.node("Reshape", [name, g.ints(1, -1, count, x.width)])[0]
         return Value(g.node("ReduceMean", [runs, g.ints(2)], keepdims=0)[0], x.width)
 
     def pixel_shuffle(self: _Builder, x: Value, grid: tuple[int, int], factor: int) -> Value:

@@ -49,6 +49,10 @@ class VisionOps(Protocol[T]):
         """Rows `[start, stop)`, numbered as Python does."""
         ...
 
+    def first_rows(self, x: T, count: T, stride: int = 1) -> T:
+        """The first `ceil(count / stride)` rows; count int64 `(1,)`, known at run time."""
+        ...
+
     def concat(self, *x: T) -> T:
         """Side by side along the width."""
         ...
@@ -58,7 +62,7 @@ class VisionOps(Protocol[T]):
         ...
 
     def average_rows(self, x: T, count: int) -> T:
-        """The mean of each `count` rows: `(seq / count, width)`; count divides seq."""
+        """The mean of each `count` rows: `(seq // count, width)`; a rest is dropped."""
         ...
 
     def pixel_shuffle(self, x: T, grid: tuple[int, int], factor: int) -> T:
