@@ -27,7 +27,7 @@ from edge_mmllm_export.models.qwen2_vl_vision import (
     Qwen2VlVision,
     Qwen2VlVisionConfig,
 )
-from edge_mmllm_export.models.siglip import Siglip, buckets
+from edge_mmllm_export.models.siglip import Siglip, own_buckets
 from edge_mmllm_export.models.whisper import Whisper
 from edge_mmllm_export.ops.numpy import NumpyOps
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
@@ -239,6 +239,7 @@ def test_only_what_the_features_need_is_read(tmp_path):
         ("clip-layers", {"num_hidden_layers": 2}, CheckpointError, "from -3 to 2"),
         ("qwen2-vl", {"num_heads": 32}, CheckpointError, "multiple of 4"),
         ("whisper", {"model_type": "moonshine"}, CheckpointError, "moonshine"),
+        ("idefics3", {"image_size": 25 * 7}, UnsupportedArchitecture, "rounding of the machine"),
         ("dinov2", {"image_size": 6}, CheckpointError, "at least 7 pixels"),
     ],
 )
@@ -247,10 +248,10 @@ def test_configs_that_are_refused(name, changes, error, message, tmp_path):
         _Loaded(CASES[name], tmp_path, **changes)
 
 
-def test_buckets_of_full_tiles():
-    """Idefics3's 26 and 7 patches a side lose some to rounding; SmolVLM's 32 lose none."""
-    np.testing.assert_array_equal(buckets(32), np.arange(32 * 32))
-    assert len(buckets(26)) == 26 * 26
+def test_sizes_at_which_idefics3_takes_plain_positions():
+    """As torch buckets them on machines with and without AVX-512; 7 is the reference's size."""
+    assert all(own_buckets(n) for n in (7, 26, 27, 32, 64))
+    assert not any(own_buckets(n) for n in (19, 25, 31, 49))
 
 
 def test_rows_of_a_recording():

@@ -119,7 +119,6 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Outputs]]] = {
         lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VIT)),
         siglip,
     ),
-    # 7 x 7 patches: float32 rounding sends some to their neighbour's bucket.
     "idefics3": (
         lambda: modeling_idefics3.Idefics3VisionTransformer(
             modeling_idefics3.Idefics3VisionConfig(**VIT | {"image_size": 49})

@@ -1,9 +1,9 @@
 """SigLIP's vision tower: no class token, a norm after the layers, optionally a pooling head.
 
-Idefics3 and SmolVLM use it with positions looked up in buckets of the image's height and width.
-For a full tile each row of patches falls into a bucket of its own, but for float32 rounding, which
-sends a few to their neighbour's: the table is gathered so at export. Partly filled tiles need a
-patch mask at run time and have no definition here.
+Idefics3 and SmolVLM use it with positions looked up in buckets of the image's height and width. In
+a full tile each row and column of patches has a bucket of its own: plain positions. Partly filled
+tiles need a patch mask at run time and have no definition here, nor have the sizes at which
+rounding decides the bucket.
 
 Source: SigLIP (arXiv 2303.15343); `SiglipVisionModel` and `Idefics3VisionTransformer` of
 transformers 5.23.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.models.clip import HUB_NAMES, Select
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
@@ -39,7 +39,7 @@ class SiglipConfig:
             last one after the final norm.
         select: `full` hands on all rows; `default` drops the first, which is a patch here.
         pooled: hand on the head's one row instead.
-        buckets: positions as Idefics3 looks them up.
+        buckets: Idefics3's variant.
     """
 
     image_size: int
@@ -107,6 +107,14 @@ class Siglip:
         defaults = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
         filled = Fields({**defaults, **f.config}, f.where)
         config = cls.from_config(filled).config
+        side = config.image_size // config.patch_size
+        if not own_buckets(side):
+            raise UnsupportedArchitecture(
+                "the positions of this encoder hang on the rounding of the machine it runs on",
+                where=f"{f.where}, image_size and patch_size",
+                expected="a number of patches a side like the published 26, 27 and 32",
+                found=str(side),
+            )
         return cls(replace(config, head=False, buckets=True), f.where)
 
     def parameters(self) -> list[Parameter]:
@@ -130,12 +138,11 @@ class Siglip:
     def sources(self, layout: Layout, prefix: str) -> dict[str, Source]:
         """Our names to the hub's, which begin with `prefix`, e.g. `vision_tower.vision_model.`."""
         c, h = self.config, self.config.block.hidden_size
-        order = buckets(self.side) if c.buckets else None
         embeddings, square = f"{prefix}embeddings.", (h, c.channels, c.patch_size, c.patch_size)
         out = {
             "patch": Source(f"{embeddings}patch_embedding.weight", stored=square),
             "patch_bias": Source(f"{embeddings}patch_embedding.bias"),
-            "position": Source(f"{embeddings}position_embedding.weight", order=order),
+            "position": Source(f"{embeddings}position_embedding.weight"),
         }
         for i in range(max(self._kept)):
             out |= c.block.sources(f"layers.{i}.", f"{prefix}encoder.layers.{i}.", HUB_NAMES)
@@ -203,16 +210,20 @@ _HEAD_NAMES = {
 }
 
 
-def buckets(side: int) -> NDArray[np.int64]:
-    """The position of each patch of a full tile of `side` by `side`, `(side * side,)`.
+def own_buckets(side: int) -> bool:
+    """Whether each of `side` rows of patches falls into its own bucket in Idefics3.
 
-    Patch i lies at i / side, and takes the bucket that the boundaries 1/side, 2/side, ... (steps in
-    double, values in float32) put it into.
+    Row i lies at `i * (1 / side)` in float32, and takes the bucket that the boundaries 1/side,
+    2/side, ... put it into. torch makes those as many at a time as a vector register holds, the
+    first of each run rounded to float32, so at some sizes it depends on the machine: those where
+    any register (of 1, 4, 8 or 16) gives another bucket are not its own.
     """
-    step = 1 / side
-    count = int(np.ceil((1.0 - step) / step))
-    boundaries = (step + step * np.arange(count)).astype(np.float32)
+    step, i = 1 / side, np.arange(int(np.ceil((1.0 - 1 / side) * side)))
     place = np.arange(side, dtype=np.float32) * (np.float32(1) / np.float32(side))
-    place = np.minimum(place, np.float32(1.0 - 1e-6))
-    bucket = np.searchsorted(boundaries, place, side="right")
-    return np.asarray(bucket[:, None] * side + bucket[None, :], np.int64).reshape(-1)
+    for lanes in (1, 4, 8, 16):
+        first = (step + step * (i // lanes * lanes)).astype(np.float32).astype(np.float64)
+        whole = i < len(i) // lanes * lanes
+        steps = np.where(whole, first + step * (i % lanes), step + step * i).astype(np.float32)
+        if not np.array_equal(np.searchsorted(steps, place, side="right"), np.arange(side)):
+            return False
+    return True
