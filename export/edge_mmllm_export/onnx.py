@@ -2,7 +2,8 @@
 
 Graph contract (also in docs/bundle.md): inputs `input_ids` int64 `(seq,)` or `inputs_embeds`
 float32 `(seq, hidden)`, `position` int64 `(1,)`, `logit_rows` int64 `(rows,)`, and
-`state.<name>` for every state; outputs `logits` float32 `(rows, vocab)` and `next.<name>`.
+`state.<name>` for every state; outputs `logits` float32 `(rows, vocab)` and `next.<name>`, but
+for cross_kv states, which another stage gives: `encode_text` of an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from edge_mmllm.spec import CAPACITY, Stage
+from edge_mmllm.spec import CAPACITY, MEMORY, Stage
 from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
-from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
 from edge_mmllm_export.weights import Weight
@@ -63,6 +64,12 @@ def write_stages(
             op.finish()
             graph.save(folder / "embed.onnx", {"stage": "embed"})
             stages["embed"] = Stage("embed.onnx", ("input_ids",), ("inputs_embeds",))
+        if isinstance(backbone := getattr(model, "backbone", model), EncoderDecoder):
+            graph = GraphBuilder("encode_text", data)
+            op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
+            stages["encode_text"] = _reader(graph, op, backbone, weights, inputs)
+            op.finish()
+            graph.save(folder / "encode_text.onnx", {"stage": "encode_text"})
         graph = GraphBuilder("decoder", data)
         op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
         _decoder(graph, op, model, weights, inputs)
@@ -114,24 +121,49 @@ def _decoder(
     inputs: Inputs,
 ) -> None:
     states = model.states()
-    if inputs == "ids":
-        ids = Value(graph.input("input_ids", "int64", ["seq"]), 1)
-    else:
-        graph.input("inputs_embeds", "float32", ["seq", model.hidden_size])
+    embeddings = _embeddings(graph, op, model, weights, inputs)
     if any(s.kind == "kv" for s in states):
         graph.input("position", "int64", [1])
     graph.input("logit_rows", "int64", ["rows"])
     for s in states:
         graph.input(f"state.{s.name}", s.dtype, _symbolic(s.shape))
-    if inputs == "ids":
-        x = model.embed(op, weights, ids)
-    else:
-        batched = graph.node("Unsqueeze", ["inputs_embeds", graph.ints(0)])[0]
-        x = Value(batched, model.hidden_size)
-    logits = model.decode(op, weights, x)
+    logits = model.decode(op, weights, embeddings())
     _output(graph, logits, "logits", model.vocab_size)
     for s in states:
+        if s.kind != "cross_kv":
+            graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
+
+
+def _reader(
+    graph: GraphBuilder,
+    op: OnnxOps,
+    model: EncoderDecoder,
+    weights: Mapping[str, Weight],
+    inputs: Inputs,
+) -> Stage:
+    """`encode_text`: a prompt's ids or embeddings -> the cross_kv states."""
+    filled = [s for s in model.states() if s.kind == "cross_kv"]
+    model.remember(op, weights, _embeddings(graph, op, model, weights, inputs)())
+    for s in filled:
         graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
+    names = tuple(s.name for s in filled)
+    return Stage("encode_text.onnx", tuple(graph.plain_inputs()), (), fills=names)
+
+
+def _embeddings(
+    graph: GraphBuilder,
+    op: OnnxOps,
+    model: Architecture,
+    weights: Mapping[str, Weight],
+    inputs: Inputs,
+) -> Callable[[], Value]:
+    """Declares the input that tokens come by; what it returns makes embeddings of it."""
+    if inputs == "ids":
+        ids = Value(graph.input("input_ids", "int64", ["seq"]), 1)
+        return lambda: model.embed(op, weights, ids)
+    graph.input("inputs_embeds", "float32", ["seq", model.hidden_size])
+    name, width = "inputs_embeds", model.hidden_size
+    return lambda: Value(graph.node("Unsqueeze", [name, graph.ints(0)])[0], width)
 
 
 def _output(graph: GraphBuilder, x: Value, name: str, width: int) -> None:
@@ -142,4 +174,5 @@ def _output(graph: GraphBuilder, x: Value, name: str, width: int) -> None:
 
 
 def _symbolic(shape: tuple[int, ...]) -> list[int | str]:
-    return ["capacity" if d == CAPACITY else d for d in shape]
+    names = {CAPACITY: "capacity", MEMORY: "memory"}
+    return [names.get(d, d) for d in shape]

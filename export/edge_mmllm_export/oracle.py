@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
 from edge_mmllm_export.ops.numpy import NumpyOps
 from edge_mmllm_export.weights import Weight
 
@@ -34,6 +34,17 @@ class Oracle:
         """Back to the empty state."""
         self.position = 0
         self.states = {s.name: np.zeros(s.at(0), np.float32) for s in self.model.states()}
+
+    def encode(self, ids: NDArray[np.int64]) -> None:
+        """An encoder-decoder reads a prompt `(seq,)`, from an empty state. Others read nothing.
+
+        After it `forward` takes what the decoder says, from `decoder_start_id` on.
+        """
+        model = getattr(self.model, "backbone", self.model)
+        self.reset()
+        if isinstance(model, EncoderDecoder):
+            op = NumpyOps(self.states, 0, None, self._cache)
+            model.remember(op, self.weights, model.embed(op, self.weights, ids))
 
     def forward(self, ids: NDArray[np.int64], rows: NDArray[np.int64] | None = None) -> Array:
         """Token ids `(seq,)` -> logits `(rows, vocab)`; all rows by default."""

@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "qwen3": "llama:Llama",
     "olmo2": "llama:Llama",
     "opt": "opt:Opt",
+    "t5": "t5:T5",
     "mamba": "mamba:Mamba",
     "mamba2": "mamba2:Mamba2",
     "falcon_mamba": "falcon_mamba:FalconMamba",

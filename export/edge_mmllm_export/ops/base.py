@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Layout
+from edge_mmllm_export.ops.memory import MemoryOps, RelativeBias
 from edge_mmllm_export.ops.vision import VisionOps
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -58,6 +59,7 @@ class Attention:
     Attributes:
         window: a token sees at most this many positions, itself included; None = all.
         q_norm, k_norm: RMS norm weights `(head_dim,)` applied to each head before `rope`.
+        relative: a bias of the scores by distance (T5).
     """
 
     heads: int
@@ -70,6 +72,7 @@ class Attention:
     q_norm: Weight | None = None
     k_norm: Weight | None = None
     norm_eps: float = 1e-6
+    relative: RelativeBias | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class Wkv7Weights:
     r_k: Weight
 
 
-class Ops(VisionOps[T], Protocol[T]):
+class Ops(VisionOps[T], MemoryOps[T], Protocol[T]):
     """One backend's ops. Shapes are given as `(seq, width)`. Those over images and recordings
-    stand in `vision.py`."""
+    stand in `vision.py`, those over what was read before in `memory.py`."""
 
     def rows(self, table: Weight, index: T) -> T:
         """Embedding lookup: index int `(seq,)` -> `(seq, K)`."""
@@ -269,4 +272,19 @@ class Architecture(Protocol):
 
     def decode(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> T:
         """Embeddings `(seq, hidden)` -> logits `(rows, vocab)` of the rows asked for."""
+        ...
+
+
+@runtime_checkable
+class EncoderDecoder(Architecture, Protocol):
+    """An architecture that reads the prompt with an encoder, into cross_kv states.
+
+    Attributes:
+        decoder_start_id: the id that every answer begins from.
+    """
+
+    decoder_start_id: int
+
+    def remember(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> None:
+        """Embeddings `(seq, hidden)` of a prompt -> the cross_kv states."""
         ...

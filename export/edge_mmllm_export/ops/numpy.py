@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import numpy_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
+from edge_mmllm_export.ops.numpy_memory import NumpyMemory, distance_bias
 from edge_mmllm_export.ops.numpy_vision import NumpyVision
 from edge_mmllm_export.weights import Weight
 
@@ -31,7 +32,7 @@ def _erf(x: Array) -> Array:
     return np.asarray(np.vectorize(math.erf, otypes=[np.float32])(x), np.float32)
 
 
-class NumpyOps(NumpyVision):
+class NumpyOps(NumpyVision, NumpyMemory):
     """Runs a definition. Activations are `(seq, width)` float32 arrays.
 
     Args:
@@ -182,6 +183,8 @@ class NumpyOps(NumpyVision):
         output = np.empty((spec.heads, seq, d), np.float32)
         for h in range(spec.heads):
             scores = queries[h] @ all_k[h // share].T * np.float32(spec.scale)
+            if spec.relative is not None:
+                scores += distance_bias(spec.relative, positions, seen)[h]
             if spec.softcap is not None:
                 scores = np.float32(spec.softcap) * np.tanh(scores / np.float32(spec.softcap))
             scores[hidden] = -np.inf

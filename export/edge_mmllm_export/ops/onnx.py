@@ -16,7 +16,9 @@ from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops import onnx_mamba, onnx_rwkv
 from edge_mmllm_export.ops.base import Activation, Attention, Wkv7, Wkv7Weights
+from edge_mmllm_export.ops.memory import RelativeBias
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
+from edge_mmllm_export.ops.onnx_memory import OnnxMemory, distance_bias
 from edge_mmllm_export.ops.onnx_values import Packed, Value
 from edge_mmllm_export.ops.onnx_vision import OnnxVision
 from edge_mmllm_export.ops.onnx_weights import WeightStore
@@ -29,7 +31,7 @@ _HEAD_SIZE_STEP, _ROPE_HEAD_SIZE_STEP = 8, 16
 __all__ = ["OnnxOps", "Packed", "Value"]
 
 
-class OnnxOps(OnnxVision):
+class OnnxOps(OnnxVision, OnnxMemory):
     """Builds one graph.
 
     Args:
@@ -53,6 +55,7 @@ class OnnxOps(OnnxVision):
         self._seq: tuple[str, str] | None = None
         self._length: onnx_rwkv.Sequence | None = None
         self._tables: dict[tuple[int, float], tuple[str, str]] = {}
+        self._biases: dict[str, str] = {}
         self.written: set[str] = set()
         #: States whose next value may be written over the present one.
         self.in_place: list[str] = []
@@ -331,6 +334,8 @@ class OnnxOps(OnnxVision):
         inputs = [*qkv, f"state.{k_state.name}", f"state.{v_state.name}", *self._sequence()]
         if fused_rope:
             inputs += self._rope_tables(spec)
+        if spec.relative is not None:
+            inputs += [""] * (10 - len(inputs)) + [self._distances(spec.relative)]
         name = g.fresh("attention")
         g.microsoft(
             "GroupQueryAttention",
@@ -344,6 +349,17 @@ class OnnxOps(OnnxVision):
             softcap=float(spec.softcap) if spec.softcap is not None else None,
         )
         return Value(name, spec.heads * spec.head_dim)
+
+    def _distances(self, bias: RelativeBias) -> str:
+        """A bias `(1, heads, seq, total)` of GroupQueryAttention, made once a graph."""
+        if bias.table.name not in self._biases:
+            g, scope, self.graph.scope = self.graph, self.graph.scope, ""
+            source = "input_ids" if "input_ids" in g.plain_inputs() else "inputs_embeds"
+            length = g.node("Shape", [source], start=0, end=1)[0]
+            total = g.node("Add", [length, "position"])[0]
+            self._biases[bias.table.name] = distance_bias(self, bias, length, total)
+            self.graph.scope = scope
+        return self._biases[bias.table.name]
 
     def _head_norm(self, name: str, width: int, weight: Weight, eps: float) -> str:
         """RMS norm of each head of a value `(1, seq, width)`."""

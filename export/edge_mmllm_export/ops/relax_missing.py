@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops.base import Wkv7, Wkv7Weights
+from edge_mmllm_export.ops.memory import RelativeBias
 from edge_mmllm_export.weights import Weight
 
 T = TypeVar("T")
@@ -22,7 +23,18 @@ def _missing(op: str) -> NoReturn:
 
 
 class MissingOps(Generic[T]):
-    """The ops of RWKV, and learned positions. See `Ops` for what they compute."""
+    """The ops of RWKV, learned positions and memories. See `Ops` for what they compute."""
+
+    def remember(self, x: T, state: StateSpec) -> None:
+        _missing("remember")
+
+    def cross_attention(
+        self, q: T, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+    ) -> T:
+        _missing("cross_attention")
+
+    def relative_bias(self, x: T, bias: RelativeBias) -> T:
+        _missing("relative_bias")
 
     def positions(self, x: T, table: Weight, *, offset: int = 0) -> T:
         _missing("positions")
@@ -62,6 +74,9 @@ class MissingOps(Generic[T]):
 
     def take_rows(self, x: T, start: int, stop: int | None = None) -> T:
         _missing("take_rows")
+
+    def first_rows(self, x: T, count: T, stride: int = 1) -> T:
+        _missing("first_rows")
 
     def concat(self, *x: T) -> T:
         _missing("concat")

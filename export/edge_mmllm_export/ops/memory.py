@@ -1,0 +1,77 @@
+"""The part of the op set for what a decoder reads beside its own tokens, and for T5's distances.
+
+Part of `base.Ops`. A memory is a pair of cross_kv states: a stage of its own computes keys and
+values from an encoder's output once (`remember`), and every decoder step reads them
+(`cross_attention`). Encoder-decoders keep the prompt so, vision models their pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.weights import Weight
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """T5's learned bias of attention scores, by distance.
+
+    Attributes:
+        table: `(buckets, heads)`.
+        max_distance: from here on all distances share a bucket.
+        both_ways: an encoder's, whose keys lie on both sides; a decoder's lie behind.
+    Source: arXiv 1910.10683, section 2.1, and `_relative_position_bucket` of transformers 5.23.
+    """
+
+    table: Weight
+    max_distance: int
+    both_ways: bool
+
+    def by_distance(self) -> NDArray[np.float32]:
+        """float32 `(heads, n)`: the bias of keys that lie `max_distance`, ..., 1, 0 tokens behind
+        the query and, both ways, 1, 2, ... `max_distance` ahead; those further take the ends'."""
+        buckets = self.table.shape[0]
+        behind = np.arange(self.max_distance, -1, -1)
+        if not self.both_ways:
+            index = self._bucket(behind, buckets)
+        else:
+            ahead = self._bucket(np.arange(1, self.max_distance + 1), buckets // 2)
+            index = np.concatenate([self._bucket(behind, buckets // 2), buckets // 2 + ahead])
+        return np.ascontiguousarray(self.table.values[index].T)
+
+    def _bucket(self, distance: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
+        """Half of the buckets hold one distance each, the rest grow with the logarithm. In
+        float32, as trained: a bucket's edge may fall on a whole number."""
+        exact = buckets // 2
+        ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+        span = np.float32(math.log(self.max_distance / exact))
+        large = exact + (ratio / span * np.float32(buckets - exact)).astype(np.int64)
+        return np.where(distance < exact, distance, np.minimum(large, buckets - 1))
+
+
+class MemoryOps(Protocol[T]):
+    """Ops over memories."""
+
+    def remember(self, x: T, state: StateSpec) -> None:
+        """Fill a cross_kv state `(1, heads, MEMORY, d)` with x `(rows, heads * d)`."""
+        ...
+
+    def cross_attention(
+        self, q: T, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+    ) -> T:
+        """Every row of q `(seq, heads * d)` attends to all rows of a memory, whose heads may be
+        fewer: each serves as many of q's in a row. Of an empty memory: zeros."""
+        ...
+
+    def relative_bias(self, x: T, bias: RelativeBias) -> T:
+        """What `full_attention` adds to the scores of x `(seq, width)` on itself:
+        `(heads, seq, seq)`."""
+        ...

@@ -1,0 +1,48 @@
+"""The oracle's ops over memories. See `memory.MemoryOps` for what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.ops.memory import RelativeBias
+
+Array = NDArray[Any]
+
+
+class NumpyMemory:
+    """The part of `NumpyOps` that reads and fills memories."""
+
+    states: dict[str, Array]
+
+    def remember(self, x: Array, state: StateSpec) -> None:
+        self.states[state.name] = x.reshape(len(x), state.shape[1], -1).transpose(1, 0, 2)[None]
+
+    def cross_attention(
+        self, q: Array, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+    ) -> Array:
+        k, v = self.states[k_state.name][0], self.states[v_state.name][0]
+        y = np.zeros(q.shape, np.float32)
+        if not k.shape[1]:
+            return y
+        d, share = q.shape[1] // heads, heads // len(k)
+        for h in range(heads):
+            own = slice(h * d, (h + 1) * d)
+            scores = q[:, own] @ k[h // share].T * np.float32(scale)
+            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            y[:, own] = scores / scores.sum(axis=-1, keepdims=True) @ v[h // share]
+        return y
+
+    def relative_bias(self, x: Array, bias: RelativeBias) -> Array:
+        return distance_bias(bias, np.arange(len(x)), np.arange(len(x)))
+
+
+def distance_bias(bias: RelativeBias, queries: Array, keys: Array) -> Array:
+    """`(heads, queries, keys)` for positions of queries and keys."""
+    limit = bias.max_distance
+    ahead = keys[None, :] - queries[:, None]
+    index = np.clip(ahead, -limit, limit if bias.both_ways else 0) + limit
+    return bias.by_distance()[:, index]

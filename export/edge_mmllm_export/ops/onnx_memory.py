@@ -1,0 +1,86 @@
+"""How the ops over memories become ONNX. See `memory.MemoryOps` for what they do.
+
+MultiHeadAttention takes a memory's keys and values as they lie in the state, `(1, heads, rows, d)`.
+Measured with onnxruntime 1.32, two cores of a Zen 4, 32 heads of 64: 0.19 ms for one query over 512
+rows (0.18 by MatMul and Softmax), 0.8 over 1601 (1.1), 5.7 for 32 queries over 512 (10.3).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.ops.memory import RelativeBias
+from edge_mmllm_export.ops.onnx_graph import GraphBuilder
+from edge_mmllm_export.ops.onnx_values import Value
+from edge_mmllm_export.ops.onnx_weights import WeightStore
+
+
+class _Builder(Protocol):
+    """What these ops need of `OnnxOps`."""
+
+    graph: GraphBuilder
+    weights: WeightStore
+
+    def _use(self, x: Value) -> str: ...
+
+
+class OnnxMemory:
+    """The part of `OnnxOps` that reads and fills memories."""
+
+    def remember(self: _Builder, x: Value, state: StateSpec) -> None:
+        g, heads = self.graph, state.shape[1]
+        apart = g.node("Reshape", [self._use(x), g.ints(0, 0, heads, x.width // heads)])[0]
+        g.node("Transpose", [apart], [f"next.{state.name}"], perm=[0, 2, 1, 3])
+
+    def cross_attention(
+        self: _Builder,
+        q: Value,
+        k_state: StateSpec,
+        v_state: StateSpec,
+        *,
+        heads: int,
+        scale: float,
+    ) -> Value:
+        """Where a head of the memory serves several of q's, those become further rows of it, so
+        that the memory is not copied."""
+        g, kv_heads, d = self.graph, k_state.shape[1], q.width // heads
+        name, share = self._use(q), heads // k_state.shape[1]
+        if share > 1:
+            apart = g.node("Reshape", [name, g.ints(0, 0, kv_heads, share, d)])[0]
+            apart = g.node("Transpose", [apart], perm=[0, 1, 3, 2, 4])[0]
+            name = g.node("Reshape", [apart, g.ints(0, -1, kv_heads * d)])[0]
+        inputs = [name, f"state.{k_state.name}", f"state.{v_state.name}"]
+        y = g.microsoft("MultiHeadAttention", inputs, num_heads=kv_heads, scale=float(scale))[0]
+        if share > 1:
+            apart = g.node("Reshape", [y, g.ints(0, -1, share, kv_heads, d)])[0]
+            apart = g.node("Transpose", [apart], perm=[0, 1, 3, 2, 4])[0]
+            y = g.node("Reshape", [apart, g.ints(0, 0, q.width)])[0]
+        return Value(y, q.width)
+
+    def relative_bias(self: _Builder, x: Value, bias: RelativeBias) -> Value:
+        """The value is `(1, heads, seq, seq)`, as MultiHeadAttention wants it."""
+        seq = self.graph.node("Shape", [self._use(x)], start=1, end=2)[0]
+        return Value(distance_bias(self, bias, seq, seq), 1)
+
+
+def distance_bias(op: _Builder, bias: RelativeBias, queries: str, keys: str) -> str:
+    """`(1, heads, queries, keys)` for the last `queries` of `keys` positions, both int64 `(1,)`."""
+    g, limit = op.graph, bias.max_distance
+    table = op.weights.fixed(bias.table, ".by_distance", bias.by_distance())
+    last = 2 * limit if bias.both_ways else limit
+    zero, one, last_column, shift = (
+        g.constant("int", np.asarray(i, np.int64)) for i in (0, 1, last, limit)
+    )
+    total = g.node("Squeeze", [keys])[0]
+    every = g.node("Range", [zero, total, one])[0]
+    first = g.node("Sub", [total, g.node("Squeeze", [queries])[0]])[0]
+    own = g.node("Range", [first, total, one])[0]
+    # A key's distance ahead of the query, counted from the table's first column.
+    start = g.node("Sub", [own, shift])[0]
+    start = g.node("Unsqueeze", [start, g.ints(1)])[0]
+    index = g.node("Clip", [g.node("Sub", [every, start])[0], zero, last_column])[0]
+    rows = g.node("Gather", [table, index], axis=1)[0]
+    return g.node("Unsqueeze", [rows, g.ints(0)])[0]
