@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Layout
+from edge_mmllm_export.families.composite import Port
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
 from edge_mmllm_export.ops.base import Activation, Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
@@ -110,12 +111,16 @@ class QFormer:
     name = "qformer"
 
     def __init__(self, config: QFormerConfig) -> None:
-        self.config = config
+        self.config, self.hidden_size = config, config.output_size
 
-    @property
-    def tokens(self) -> int:
-        """Rows it makes of any number of features."""
+    def tokens(self, count: int) -> int:
+        """Rows that `count` features become: as many as there are queries."""
         return self.config.queries
+
+    def ports(self) -> tuple[Port, ...]:
+        """Inputs of its stage: features, and the instruction's ids where it reads text."""
+        text = (Port("text_ids", "int64", ("seq",)),) if self.config.reads_text else ()
+        return (Port("features", "float32", ("rows", self.config.feature_size)), *text)
 
     def parameters(self) -> list[Parameter]:
         c = self.config
