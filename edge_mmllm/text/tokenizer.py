@@ -246,7 +246,7 @@ class Text:
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             parts = [self._part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
-            content = parts if self._takes_parts else _only_text(parts, where)
+            content = parts if self.takes_parts else _only_text(parts, where)
         elif content is not None and not isinstance(content, str):
             raise UsageError(
                 "a message is malformed",
@@ -273,7 +273,7 @@ class Text:
         return dict(part)
 
     @cached_property
-    def _takes_parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Whether the template understands a list of parts, found by a trial."""
         shown = self._try([{"type": "text", "text": _PROBE}])
         return shown is not None and _PROBE in shown and "'type'" not in shown
@@ -282,7 +282,7 @@ class Text:
     def _takes_strings(self) -> bool:
         """Whether the template understands a string; some multimodal ones want parts only."""
         shown = self._try(_PROBE)
-        return (shown is not None and _PROBE in shown) or not self._takes_parts
+        return (shown is not None and _PROBE in shown) or not self.takes_parts
 
     def _try(self, content: object) -> str | None:
         variables = self._special_tokens()

@@ -11,8 +11,10 @@ from typing import Any
 from edge_mmllm.errors import Cancelled
 from edge_mmllm_runtime import generation, load
 from edge_mmllm_runtime.context import Progress
-from edge_mmllm_runtime.continuation import StateFiles, appended, following_ids, settle
+from edge_mmllm_runtime.continuation import StateFiles, appended, following, settle
 from edge_mmllm_runtime.generation import Prompt
+from edge_mmllm_runtime.perception import Timings
+from edge_mmllm_runtime.placing import Media, placeholders, question
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 
@@ -39,6 +41,7 @@ class Answer:
         load_ms: time to load the bundle; None for a later answer of the same session.
         restored_tokens: tokens of the state that it went on from.
         saved_state_bytes: size of the state file left behind; None without one.
+        timings: where the time to the first token went.
     """
 
     text: str
@@ -54,6 +57,7 @@ class Answer:
     bundle_sha256: str
     restored_tokens: int = 0
     saved_state_bytes: int | None = None
+    timings: Timings = field(default_factory=Timings)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -68,6 +72,7 @@ def run(
     threads: int | None = None,
     context: int | None = None,
     raw: bool = False,
+    media: Media | None = None,
     files: StateFiles | None = None,
     write: Write = lambda piece: None,
     progress: Progress | None = None,
@@ -79,6 +84,7 @@ def run(
         prompt: text; it goes through the bundle's chat template as a user's message where there
             is one, unless `raw`.
         threads, context: see `load`.
+        media: modality (`image`, ...) -> files, asked about: see `Session.generate`.
         files: state files to go on from (the prompt is then what comes next) and to leave behind.
         write: gets the answer piece by piece.
         progress: see `Session.prefill`.
@@ -93,14 +99,9 @@ def run(
     with load(path, threads=threads, context=context) as session:
         restored = 0 if files.load is None else session.load_state(files.load)
         load_ms = (time.perf_counter() - started) * 1e3
-        question: Prompt = prompt
-        if restored:
-            question = following_ids(session, prompt, raw=raw)
-        elif not raw and session.text.has_chat_template:
-            question = [{"role": "user", "content": prompt}]
         given = answer(
             session,
-            question,
+            lambda: _asked(session, prompt, media or {}, raw=raw, after=bool(restored)),
             settings or AnswerSettings(),
             write=write,
             append=bool(restored),
@@ -112,9 +113,21 @@ def run(
     return replace(given, restored_tokens=restored, saved_state_bytes=saved)
 
 
+def _asked(session: Session, prompt: str, media: Media, *, raw: bool, after: bool) -> Prompt:
+    """The prompt of `run`, with its pictures in their places."""
+    media = {name: items for name, items in media.items() if items}
+    if after:
+        return following(session, prompt, media, raw=raw)
+    chat = not raw and session.text.has_chat_template
+    if not media:
+        return [{"role": "user", "content": prompt}] if chat else prompt
+    asked = question(session, prompt, media) if chat else placeholders(session, media) + prompt
+    return session.encode(asked, media)
+
+
 def answer(
     session: Session,
-    prompt: Prompt,
+    prompt: Prompt | Callable[[], Prompt],
     settings: AnswerSettings,
     *,
     write: Write = lambda piece: None,
@@ -128,6 +141,7 @@ def answer(
     """Answers in a loaded session.
 
     Args:
+        prompt: or what makes it, so that its time counts.
         cancelled: asked between tokens, and between the chunks of a long prompt; True ends the
             answer there.
         reuse: see `Session.generate`.
@@ -146,8 +160,8 @@ def answer(
             progress(done, total)
 
     matcher = StopMatcher(settings.stop)
-    ids = generation.encode_prompt(session, prompt)
     started = time.perf_counter()
+    ids = generation.encode_prompt(session, prompt() if callable(prompt) else prompt)
     count, sampling = settings.max_new_tokens, settings.sampling
     if append and ids is not None:
         stream = appended(session, ids, count, sampling, between_chunks)
@@ -174,6 +188,7 @@ def answer(
         engine=engine.name,
         engine_version=engine.version,
         bundle_sha256=session.bundle_sha256,
+        timings=session.perception.timings,
     )
 
 

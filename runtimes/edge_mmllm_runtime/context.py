@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -20,7 +21,9 @@ from edge_mmllm.errors import ContextFull, SessionClosed, SessionError, UsageErr
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
 from edge_mmllm_runtime.inputs import check_positions, checked_embeddings, checked_ids
+from edge_mmllm_runtime.perception import Perception
 from edge_mmllm_runtime.prompt_cache import PromptCache
+from edge_mmllm_runtime.prompted import Prompted
 from edge_mmllm_runtime.snapshot import Snapshot
 from edge_mmllm_runtime.storage import Storage, check_storage, pack
 
@@ -52,6 +55,7 @@ class Context:
 
     Attributes:
         prompt_cache: states of prompts that `prefill` need not read again.
+        perception: the stages before the decoder, and the features they gave.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Context:
         self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
         self.context = context
         self.prompt_cache = PromptCache()
+        self.perception = Perception(lambda: self.engine, spec)
         self._engine: Engine | None = engine
         self._position = 0
         self._tokens: array[int] | None = array("i")
@@ -93,7 +98,8 @@ class Context:
 
     @property
     def tokens(self) -> tuple[int, ...] | None:
-        """Ids in the state (-1 for an embedding); None beyond `REMEMBERED_TOKENS`."""
+        """Ids in the state (-1 for an embedding, below that the identity of a picture's row, see
+        `prompted.py`); None beyond `REMEMBERED_TOKENS`."""
         return None if self._tokens is None else tuple(self._tokens)
 
     @property
@@ -120,7 +126,7 @@ class Context:
 
     def prefill(
         self,
-        tokens_or_embeddings: Sequence[int] | Int64 | Float32,
+        tokens_or_embeddings: Sequence[int] | Int64 | Float32 | Prompted,
         positions: Sequence[int] | Int64 | None = None,
         logits: Literal["last", "all"] = "last",
         *,
@@ -133,7 +139,7 @@ class Context:
 
         Args:
             tokens_or_embeddings: ids `(n,)`, or float32 `(n, hidden)` where the decoder takes
-                embeddings; n >= 1.
+                embeddings; n >= 1. Or what `encode_prompt` made of a prompt with pictures.
             positions: None, or the next n positions: bundles of this release are sequential.
             logits: `last` for those of the last token, `all` for those of each.
             progress: called after each chunk but the last; may raise to cancel.
@@ -152,7 +158,9 @@ class Context:
         total = len(x)
         check_positions(positions, self._position, total)
         self._check_room(total)
-        restored = self._restore_prefix(x) if not self._position and logits == "last" else 0
+        known = self._identities(x)
+        cacheable = known is not None and not self._position and logits == "last"
+        restored = self._restore_prefix(known) if cacheable and known is not None else 0
         if restored == total and self._logits is not None:
             return self._logits.copy()
         start = self._position - restored
@@ -162,10 +170,13 @@ class Context:
         try:
             if total > self.chunk and not restored:
                 mark = engine.mark(start)
+            if isinstance(x, Prompted):
+                x[restored:].load()
+            started = time.perf_counter()
             for begin in range(restored, total, self.chunk):
                 if begin and progress is not None:
                     progress(begin, total)
-                part = x[begin : begin + self.chunk]
+                part = self._input(x[begin : begin + self.chunk])
                 if logits == "all":
                     rows = np.arange(len(part))
                 elif begin + len(part) == total:
@@ -181,8 +192,9 @@ class Context:
                 self.reset()
             raise
         self._running.release()
+        self.perception.timings.prefill_ms += (time.perf_counter() - started) * 1e3
         result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
-        self._advance(x[restored:].tolist() if x.ndim == 1 else [-1] * total)
+        self._advance([-1] * total if known is None else known[restored:].tolist())
         self._logits = result if logits == "last" else result[-1].copy()
         return result
 
@@ -321,9 +333,9 @@ class Context:
         self.restore(Snapshot.load(path, self.spec, self.bundle_sha256, self.context))
         return self._position
 
-    def _restore_prefix(self, x: Int64 | Float32) -> int:
-        """Puts the longest cached beginning of the ids `x` into the state; its length."""
-        found = self.prompt_cache.longest(x) if x.ndim == 1 else None
+    def _restore_prefix(self, ids: Int64) -> int:
+        """Puts the longest cached beginning of the ids into the state; its length."""
+        found = self.prompt_cache.longest(ids)
         if found is None:
             return 0
         self.restore(found)
@@ -336,12 +348,27 @@ class Context:
         if self._running.locked():
             raise _in_use()
 
-    def _checked(self, x: Sequence[int] | Int64 | Float32) -> Int64 | Float32:
-        """`x` as int64 `(n,)` or float32 `(n, hidden)`.
+    @staticmethod
+    def _identities(x: Int64 | Float32 | Prompted) -> Int64 | None:
+        """The identity of each position; None for embeddings that nobody named."""
+        if isinstance(x, Prompted):
+            return x.ids
+        return cast("Int64", x) if x.ndim == 1 else None
+
+    def _input(self, x: Int64 | Float32 | Prompted) -> Int64 | Float32:
+        """What the decoder takes."""
+        if not isinstance(x, Prompted):
+            return x
+        return x.embeddings(self.engine.embed) if x.spans else x.ids
+
+    def _checked(self, x: Sequence[int] | Int64 | Float32 | Prompted) -> Int64 | Float32 | Prompted:
+        """`x` as int64 `(n,)`, float32 `(n, hidden)` or a prompt that is known to be right.
 
         Raises:
             UsageError: empty, not integers, outside the vocabulary, or a wrong shape.
         """
+        if isinstance(x, Prompted):
+            return x
         if isinstance(x, np.ndarray) and x.dtype.kind == "f":
             if not self.engine.accepts_embeddings:
                 raise UsageError("this bundle's decoder takes token ids, not embeddings")

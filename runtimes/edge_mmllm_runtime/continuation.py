@@ -9,6 +9,8 @@ from pathlib import Path
 
 from edge_mmllm.errors import OutputExists, UsageError
 from edge_mmllm_runtime.context import Progress
+from edge_mmllm_runtime.placing import Media, place_text, placeholders, question
+from edge_mmllm_runtime.prompted import Prompted
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 from edge_mmllm_runtime.statefile import is_state_file
@@ -53,8 +55,8 @@ class StateFiles:
             )
 
 
-def following_ids(session: Session, prompt: str, *, raw: bool) -> list[int]:
-    """Token ids that bring `prompt` to a model which just said something.
+def following(session: Session, prompt: str, media: Media, *, raw: bool) -> Prompted:
+    """What brings `prompt` to a model which just said something.
 
     With a chat template that is what the template writes after an answer (its end, the user's
     turn, the beginning of the next answer); else, or with `raw`, the text as it is. No BOS.
@@ -64,10 +66,12 @@ def following_ids(session: Session, prompt: str, *, raw: bool) -> list[int]:
         TemplateError: the template failed.
     """
     if not raw and session.text.has_chat_template:
+        asked = question(session, prompt, media)
+        last = {"role": "user", "content": asked} if isinstance(asked, str) else asked[0]
         turns = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": _ANSWER},
-            {"role": "user", "content": prompt},
+            last,
         ]
         whole = session.text.apply_chat_template(turns)
         _, found, prompt = whole.partition(_ANSWER)
@@ -77,12 +81,13 @@ def following_ids(session: Session, prompt: str, *, raw: bool) -> list[int]:
                 expected="one that a next turn can be cut out of",
                 fix="use --raw (raw=True), and write the turns as the model expects them",
             )
-    ids: list[int] = session.check_ids(session.text.encode(prompt, add_bos=False)).tolist()
-    return ids
+    elif media:
+        prompt = placeholders(session, media) + prompt
+    return place_text(session, prompt, media, add_bos=False)
 
 
 def appended(
-    session: Session, ids: list[int], max_new_tokens: int, sampling: Sampling, progress: Progress
+    session: Session, ids: Prompted, max_new_tokens: int, sampling: Sampling, progress: Progress
 ) -> Iterator[int]:
     """Reads `ids` after the present state, then generates. See `Session.generate_tokens`."""
     session.prefill(ids, progress=progress)

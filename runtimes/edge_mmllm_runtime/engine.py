@@ -11,6 +11,7 @@ in `edge_mmllm_runtime.ENGINES`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,6 +113,27 @@ class Engine(Protocol):
         Raises:
             StateMismatch: names, dtypes or shapes do not fit; nothing was changed.
         """
+        ...
+
+    def embed(self, ids: Int64) -> Float32:
+        """Embeddings float32 `(seq, hidden)` of ids `(seq,)`, where `accepts_embeddings`."""
+        ...
+
+    def load_stage(self, name: str) -> bool:
+        """Loads a stage beside the decoder, if it is not loaded; whether it had to be."""
+        ...
+
+    def run_stage(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
+        """Runs such a stage; loads it first where needed. Returns its only output.
+
+        Raises:
+            SessionError: the engine failed.
+            CorruptBundle: the stage cannot be loaded, or is not as the manifest says.
+        """
+        ...
+
+    def release(self, name: str) -> bool:
+        """Gives a stage's memory back until it is used again; whether it was loaded."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 from edge_mmllm.errors import ContextFull, UsageError
 from edge_mmllm_runtime.engine import Float32
 from edge_mmllm_runtime.inputs import common_prefix
+from edge_mmllm_runtime.placing import Media, place_ids, place_messages, place_text, question
+from edge_mmllm_runtime.prompted import Prompted
 from edge_mmllm_runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -23,37 +25,53 @@ if TYPE_CHECKING:
     from edge_mmllm_runtime.session import Session
 
 #: Text; chat messages (`{"role": ..., "content": ...}`); token ids; or None, to go on from
-#: the session's state.
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | None
+#: the session's state. (Within the runtime also what `encode_prompt` made of one of these.)
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompted | None
 
 #: Why a generation ended: an end-of-sequence token, a stop string, `max_new_tokens` reached, or
 #: no room left in the context.
 FinishReason = Literal["eos", "stop", "length", "context"]
 
 
-def encode_prompt(session: Session, prompt: Prompt) -> list[int] | None:
-    """Token ids of a prompt; None for None.
+def encode_prompt(session: Session, prompt: Prompt, media: Media | None = None) -> Prompted | None:
+    """Token ids of a prompt, with what `media` holds in its places; None for None.
 
     Raises:
-        UsageError: no tokens, ids outside the vocabulary, or a bundle without a tokenizer.
+        UsageError: no tokens, ids outside the vocabulary, a bundle without a tokenizer, or media
+            that the prompt has no places for.
     """
+    given = {name: items for name, items in (media or {}).items() if items is not None}
+    if isinstance(prompt, Prompted):
+        return prompt
+    session.perception.restart()
+    if given and (prompt is None or not session.spec.modalities):
+        name, items = next(iter(given.items()))
+        if session.spec.modalities:
+            raise UsageError(f"{name} without a prompt", fix="give a prompt with them")
+        session.perception.item(name, items)  # says what the bundle understands
     if prompt is None:
         return None
     if isinstance(prompt, str):
-        ids = session.text.encode(prompt)
-    elif isinstance(prompt, Mapping):
+        asked = question(session, prompt, given) if given else prompt
+        if isinstance(asked, str):
+            if session.spec.modalities:
+                return place_text(session, asked, given)
+            return Prompted(session.check_ids(session.text.encode(asked)))
+        prompt = asked
+    if isinstance(prompt, Mapping):
         raise UsageError("messages come in a list", expected="[{'role': ..., 'content': ...}]")
-    elif isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
         raise UsageError(
             "a prompt is text, a list of messages, or a list of token ids",
             found=type(prompt).__name__,
         )
-    elif len(prompt) and isinstance(prompt[0], Mapping):
-        ids = session.text.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
-    else:
-        ids = cast("list[int]", prompt)
-    checked: list[int] = session.check_ids(ids).tolist()
-    return checked
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        messages = cast("Sequence[Mapping[str, Any]]", prompt)
+        if session.spec.modalities:
+            return place_messages(session, messages, given)
+        return Prompted(session.check_ids(session.text.encode_chat(messages)))
+    ids = session.check_ids(prompt)
+    return place_ids(session, ids, given) if given else Prompted(ids)
 
 
 def tokens(
@@ -65,10 +83,11 @@ def tokens(
     stop_ids: frozenset[int],
     reuse: bool,
     progress: Progress | None,
+    media: Media | None = None,
 ) -> Iterator[int]:
     """Checks everything, then returns an iterator over the new ids. See `generate_tokens`."""
     _ = session.engine  # closed: say so now
-    ids = encode_prompt(session, prompt)
+    ids = encode_prompt(session, prompt, media)
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         raise UsageError(
             "max_new_tokens must be a whole number, 0 or more", found=repr(max_new_tokens)[:80]
@@ -85,7 +104,7 @@ def tokens(
 
 def _loop(
     session: Session,
-    ids: list[int] | None,
+    ids: Prompted | None,
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: frozenset[int],
@@ -96,7 +115,7 @@ def _loop(
     logits = session.logits if ids is None else _read(session, ids, reuse, progress)
     if logits is None:
         raise _moved_on()
-    seen = (session.tokens or ()) if ids is None else ids
+    seen = (session.tokens or ()) if ids is None else ids.ids.tolist()
     sampler = Sampler(sampling, session.spec.vocab_size, seen)
     version, token = session.version, None
     for _ in range(max_new_tokens):
@@ -124,13 +143,13 @@ def _moved_on() -> UsageError:
     )
 
 
-def _read(session: Session, ids: list[int], reuse: bool, progress: Progress | None) -> Float32:
+def _read(session: Session, ids: Prompted, reuse: bool, progress: Progress | None) -> Float32:
     """Makes the state that of `ids` and returns the logits of the last one."""
     if reuse and session.tokens is not None:
-        known = common_prefix(session.tokens, ids)
+        known = common_prefix(session.tokens, ids.ids)
         if known == len(ids) == session.position and session.logits is not None:
             return session.logits
-        cached = session.prompt_cache.longest(np.asarray(ids))
+        cached = session.prompt_cache.longest(ids.ids)
         better = cached is not None and cached.position > known
         if known and not better and session.rewind(min(known, len(ids) - 1)):
             return session.prefill(ids[session.position :], progress=progress)

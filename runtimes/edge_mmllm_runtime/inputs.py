@@ -73,7 +73,7 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int] | Int64, b: Sequence[int] | Int64) -> int:
     """How many leading ids two sequences share."""
     shared = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a[:shared]) != np.asarray(b[:shared]))

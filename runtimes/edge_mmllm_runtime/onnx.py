@@ -3,7 +3,8 @@
 Graph contract: `input_ids` int64 `(seq,)` or `inputs_embeds` float32 `(seq, hidden)`, `position`
 int64 `(1,)` where the graph has it, `logit_rows` int64 `(rows,)`, and `state.X` -> `next.X` for
 each state; output `logits` float32 `(rows, vocab)`. An `embed` stage turns ids into embeddings
-where the decoder takes those; it is loaded when first used.
+where the decoder takes those; it and the stages of pictures and sounds are loaded when first
+used.
 
 Nothing is copied per token: inputs, outputs and states are `OrtValue`s over fixed numpy memory,
 bound once. A step writes the token and the position and runs one of two prepared bindings
@@ -12,7 +13,7 @@ bound once. A step writes the token and the position and runs one of two prepare
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class OnnxEngine:
         self._states = StateBuffers(spec.states, self.capacity, stage.in_place)
         self._in_place, self._lost = bool(stage.in_place), False
         self.state_capacity_bytes = self._states.size_bytes
-        self._embed: Callable[[Int64], Float32] | None = None
+        self._stages: dict[str, ort.InferenceSession] = {}
         self._prepare()
 
     def _prepare(self) -> None:
@@ -146,7 +147,7 @@ class OnnxEngine:
         """See `Engine.forward`."""
         binding = self._prefills[self._states.parity]
         if chunk.dtype == np.int64 and self.accepts_embeddings:
-            chunk = self._embedder()(np.asarray(chunk, np.int64))
+            chunk = self.embed(np.asarray(chunk, np.int64))
         source = _value(np.ascontiguousarray(chunk))
         binding.bind_ortvalue_input(
             "inputs_embeds" if self.accepts_embeddings else "input_ids", source
@@ -166,7 +167,7 @@ class OnnxEngine:
         self._token[0] = token
         self._position[0] = position
         if self.accepts_embeddings:
-            self._embeds[:] = self._embedder()(self._token)
+            self._embeds[:] = self.embed(self._token)
         self._execute(self._steps[self._states.parity])
         return self._logits_row
 
@@ -183,26 +184,37 @@ class OnnxEngine:
             raise SessionError("onnxruntime failed to run the decoder", found=str(error)) from error
         self._states.parity ^= 1
 
-    def _embedder(self) -> Callable[[Int64], Float32]:
-        """The `embed` stage: ids `(seq,)` -> float32 `(seq, hidden)`; loaded once."""
-        if self._embed is None:
-            stage = self._spec.stages.get("embed")
-            if stage is None:
-                raise CorruptBundle(
-                    "the decoder takes embeddings but the bundle has no `embed` stage"
-                )
-            session = _open(self._file(stage.file), self.threads)
-            _check(session, self._spec, stage, ())
+    def embed(self, ids: Int64) -> Float32:
+        """See `Engine.embed`."""
+        return self.run_stage("embed", {"input_ids": ids})
 
-            def embed(ids: Int64) -> Float32:
-                try:
-                    result: Float32 = session.run(["inputs_embeds"], {"input_ids": ids})[0]
-                except Exception as error:  # see `_execute`
-                    raise SessionError("onnxruntime failed to embed", found=str(error)) from error
-                return result
+    def load_stage(self, name: str) -> bool:
+        """See `Engine.load_stage`."""
+        if name in self._stages:
+            return False
+        stage = self._spec.stages.get(name)
+        if stage is None:
+            raise CorruptBundle(
+                f"the bundle has no stage `{name}`", expected=", ".join(self._spec.stages)
+            )
+        session = _open(self._file(stage.file), self.threads)
+        _check(session, self._spec, stage, ())
+        self._stages[name] = session
+        return True
 
-            self._embed = embed
-        return self._embed
+    def run_stage(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
+        """See `Engine.run_stage`."""
+        if name not in self._stages:
+            self.load_stage(name)
+        try:
+            result: Float32 = self._stages[name].run(None, dict(inputs))[0]
+        except Exception as error:  # see `_execute`
+            raise SessionError(f"onnxruntime failed to run {name}", found=str(error)) from error
+        return result
+
+    def release(self, name: str) -> bool:
+        """See `Engine.release`."""
+        return self._stages.pop(name, None) is not None
 
     def clear(self) -> None:
         """See `Engine.clear`."""
@@ -234,7 +246,7 @@ class OnnxEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._embed = None
+        self._stages.clear()
         del self._run, self._steps, self._step_bindings, self._prefills, self._logits_value
         del self._states, self._session
 
@@ -270,6 +282,7 @@ def _check(
         "position": ("tensor(int64)", (1,)),
         "logit_rows": ("tensor(int64)", (None,)),
         "logits": ("tensor(float)", (None, spec.vocab_size)),
+        "features": ("tensor(float)", (None, None)),
     }
     carried = {
         s.name: (_ORT_TYPES[s.dtype], tuple(None if d == CAPACITY else d for d in s.shape))
@@ -284,6 +297,8 @@ def _check(
         have = {n.name: (n.type, tuple(n.shape)) for n in nodes}
         for name in sorted(want.keys() | have.keys()):
             wanted, found = want.get(name), have.get(name)
+            if name in names and name not in plain and found is not None:
+                continue  # what preprocessing makes: any type and shape
             if wanted is None or found is None or not _agree(wanted, found):
                 wrong.append(f"{side} {name}: expected {wanted}, found {found}")
     if wrong:

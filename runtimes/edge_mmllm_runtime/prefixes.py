@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from edge_mmllm.errors import ContextFull, UsageError
+import numpy as np
+
+from edge_mmllm.errors import ContextFull
 from edge_mmllm_runtime import generation
 from edge_mmllm_runtime.inputs import common_prefix
+from edge_mmllm_runtime.prompted import Prompted
 from edge_mmllm_runtime.storage import Storage, check_storage, packed_bytes
 
 if TYPE_CHECKING:
@@ -69,28 +72,41 @@ def _before_last_word(text: str) -> str:
 def cache_prompt(session: Session, prompt: generation.Prompt, storage: Storage) -> int:
     """See `Session.cache_prompt`."""
     check_storage(storage)
-    ids: list[int] | None
     if isinstance(prompt, str):
-        ids = stable_ids(session.text, prompt)
+        ids = Prompted(np.array(stable_ids(session.text, prompt), np.int64))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        ids = stable_ids(session.text, cast("Sequence[Mapping[str, Any]]", prompt))
+        messages = cast("Sequence[Mapping[str, Any]]", prompt)
+        if session.spec.modalities:
+            ids = _stable_beginning(session, messages)
+        else:
+            ids = Prompted(np.array(stable_ids(session.text, messages), np.int64))
     else:
-        ids = generation.encode_prompt(session, prompt)
-    if ids is None:
-        raise UsageError("there is no prompt to cache", expected="text, messages or token ids")
-    if not ids:
+        ids = session.encode(prompt)
+    if not len(ids):
         return 0
     if session.context is not None and len(ids) > session.context:
         raise ContextFull(0, len(ids), session.context)
     session.prompt_cache.check_room(_entry_bytes(session, len(ids), storage))
     session.reset()
     session.prefill(ids)
-    session.prompt_cache.add(ids, session.snapshot(storage))
+    session.prompt_cache.add(ids.ids, session.snapshot(storage))
     return len(ids)
 
 
+def _stable_beginning(session: Session, messages: Sequence[Mapping[str, Any]]) -> Prompted:
+    """As `stable_ids`, of messages that may have pictures: what every continuation begins with."""
+    asked = messages[-1].get("role") == "user"
+    whole = session.encode(messages)
+    count = len(whole)
+    for probe in _PROBES:
+        said = [{"role": "assistant", "content": probe}] if asked else []
+        longer = session.encode([*messages, *said, {"role": "user", "content": probe}])
+        count = min(count, common_prefix(whole.ids, longer.ids))
+    return whole[:count]
+
+
 @contextmanager
-def sharing(session: Session, prompts: Sequence[list[int] | None]) -> Iterator[None]:
+def sharing(session: Session, prompts: Sequence[Prompted | None]) -> Iterator[None]:
     """Keeps the state of what all prompts begin with in the prompt cache, if that pays."""
     ids = _worth_sharing(session, prompts)
     if ids is None:
@@ -98,24 +114,24 @@ def sharing(session: Session, prompts: Sequence[list[int] | None]) -> Iterator[N
         return
     session.reset()
     session.prefill(ids)
-    session.prompt_cache.add(ids, session.snapshot())
+    session.prompt_cache.add(ids.ids, session.snapshot())
     try:
         yield
     finally:
-        session.prompt_cache.discard(ids)
+        session.prompt_cache.discard(ids.ids)
 
 
-def _worth_sharing(session: Session, prompts: Sequence[list[int] | None]) -> list[int] | None:
+def _worth_sharing(session: Session, prompts: Sequence[Prompted | None]) -> Prompted | None:
     """What all prompts begin with; None where reading it again costs less, or no room is left."""
     if len(prompts) < 2:
         return None
-    first = prompts[0] or []
-    count = min(common_prefix(first, other or []) for other in prompts[1:])
+    first, *others = (Prompted(np.empty(0, np.int64)) if p is None else p for p in prompts)
+    count = min(common_prefix(first.ids, other.ids) for other in others)
     cache = session.prompt_cache
     room = cache.limit_bytes - cache.size_bytes
     if (
         count < WORTH_SHARING
-        or first[:count] in cache
+        or first.ids[:count] in cache
         or _entry_bytes(session, count, "f32") > room
     ):
         return None

@@ -36,7 +36,7 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, ids: Sequence[int]) -> bool:
+    def __contains__(self, ids: Sequence[int] | Int64) -> bool:
         """Whether exactly these ids are cached."""
         return _key(np.asarray(ids)) in self._entries
 
@@ -61,7 +61,7 @@ class PromptCache:
                 fix="raise session.prompt_cache.limit_bytes, or store it in f16 or int8",
             )
 
-    def add(self, ids: Sequence[int], snapshot: Snapshot) -> None:
+    def add(self, ids: Sequence[int] | Int64, snapshot: Snapshot) -> None:
         """Keeps a snapshot, and drops others until all fit.
 
         Raises:
@@ -76,7 +76,7 @@ class PromptCache:
         while self.size_bytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
 
-    def discard(self, ids: Sequence[int]) -> None:
+    def discard(self, ids: Sequence[int] | Int64) -> None:
         """Drops the snapshot of exactly these ids, if there is one."""
         self._drop(_key(np.asarray(ids)))
 

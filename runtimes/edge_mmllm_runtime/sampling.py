@@ -90,8 +90,8 @@ class Sampler:
         self._settings = settings
         self._penalty = min(max(float(settings.repetition_penalty), _TINY), _HUGE)
         self._temperature = np.float32(min(max(float(settings.temperature), _TINY), _HUGE))
-        self._seen: set[int] = set(seen) if self._penalty != 1 else set()
-        self._seen.discard(-1)  # embeddings have no id
+        # Embeddings and pictures have no id: below 0.
+        self._seen: set[int] = {i for i in seen if i >= 0} if self._penalty != 1 else set()
         self._vocab_size = vocab_size
         self._random = np.random.default_rng(settings.seed) if settings.temperature else None
 

@@ -16,7 +16,9 @@ from edge_mmllm_runtime import generation
 from edge_mmllm_runtime.context import CHUNK, Context, Progress
 from edge_mmllm_runtime.engine import Engine
 from edge_mmllm_runtime.generation import FinishReason, Prompt
+from edge_mmllm_runtime.placing import Media
 from edge_mmllm_runtime.prefixes import cache_prompt, sharing
+from edge_mmllm_runtime.prompted import Prompted
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.storage import Storage
 
@@ -80,6 +82,7 @@ class Session(Context):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         *,
+        videos: Sequence[Any] | None = None,
         reuse: bool = False,
         progress: Progress | None = None,
     ) -> Iterator[str]:
@@ -92,7 +95,12 @@ class Session(Context):
             prompt_or_messages: text; chat messages (`{"role": ..., "content": ...}`), which go
                 through the bundle's chat template; token ids; or None to go on from the state,
                 after `prefill`, `decode` or `restore`.
-            images, audio: for multimodal bundles.
+            images, audio, videos: for multimodal bundles, in the order of their places in the
+                prompt: a text's placeholders (`<image>`), or the parts `{"type": "image"}` of
+                messages (which may bring their own, `{"type": "image", "image": ...}`). A text
+                without placeholders is asked as a user's message, with them before it. A picture
+                is a path, bytes, a file, a Pillow picture or a uint8 array. What was encoded is
+                kept by content, see `perception`.
             max_new_tokens: ends the answer at the latest. It ends earlier at any of the
                 model's end-of-sequence tokens, at a stop string or where the context is full:
                 see `finish_reason`.
@@ -109,15 +117,12 @@ class Session(Context):
         Raises:
             UsageError, ContextFull: nothing was changed.
         """
-        if images is not None or audio is not None:
-            raise UsageError(
-                "this bundle understands text only",
-                where=self.spec.architecture,
-                found="images" if images is not None else "audio",
-                fix="leave images and audio out, or load a multimodal bundle",
-            )
+        media = {"image": images, "audio": audio, "video": videos}
+        given = {name: items for name, items in media.items() if items is not None}
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return self._generate(prompt_or_messages, max_new_tokens, sampling, stop, reuse, progress)
+        return self._generate(
+            prompt_or_messages, max_new_tokens, sampling, stop, reuse, progress, given
+        )
 
     def generate_tokens(
         self,
@@ -128,6 +133,7 @@ class Session(Context):
         ignore_eos: bool = False,
         reuse: bool = False,
         progress: Progress | None = None,
+        media: Media | None = None,
     ) -> Iterator[int]:
         """As `generate`, but yields token ids; an end-of-sequence token is not yielded.
 
@@ -136,6 +142,8 @@ class Session(Context):
             sampling: None for greedy.
             ignore_eos: go on after an end-of-sequence token (and yield it), as benchmarks with
                 a fixed number of tokens need.
+            media: modality (`image`, ...) -> what belongs into the prompt, see `generate`. Token
+                ids have a placeholder's id for each item, or for each of its rows.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
@@ -148,7 +156,30 @@ class Session(Context):
             stop_ids=frozenset() if ignore_eos else frozenset(self.spec.text.eos_ids),
             reuse=reuse,
             progress=progress,
+            media=media,
         )
+
+    def encode(self, prompt: Prompt, media: Media | None = None) -> Prompted:
+        """A prompt as `prefill` takes it, with pictures in their places.
+
+        Raises:
+            UsageError: see `generate`; no prompt.
+        """
+        made = generation.encode_prompt(self, prompt, media)
+        if made is None:
+            raise UsageError("there is no prompt", expected="text, messages or token ids")
+        return made
+
+    def release(self, stage: str) -> bool:
+        """Gives the memory of a stage back, e.g. `encode_image`, until it is used again.
+
+        Returns:
+            Whether it was loaded.
+
+        Raises:
+            UsageError: the bundle has no such stage, or cannot run without it.
+        """
+        return self.perception.release(stage)
 
     def generate_many(
         self,
@@ -203,10 +234,13 @@ class Session(Context):
         stop: str | Sequence[str],
         reuse: bool = False,
         progress: Progress | None = None,
+        media: Media | None = None,
     ) -> Iterator[str]:
         from edge_mmllm.text import StopMatcher
 
         matcher = StopMatcher(stop)
         _ = self.text
-        ids = self.generate_tokens(prompt, max_new_tokens, sampling, reuse=reuse, progress=progress)
+        ids = self.generate_tokens(
+            prompt, max_new_tokens, sampling, reuse=reuse, progress=progress, media=media
+        )
         return generation.pieces(self, ids, matcher)

@@ -17,7 +17,7 @@ from edge_mmllm.errors import EdgeError, UsageError
 from edge_mmllm.text import Text
 from edge_mmllm_runtime.answer import Answer, AnswerSettings, answer
 from edge_mmllm_runtime.chat import Conversation, chat
-from edge_mmllm_runtime.continuation import following_ids
+from edge_mmllm_runtime.continuation import following
 
 SHORT = ("--max-new-tokens", 12)
 
@@ -280,17 +280,17 @@ def test_what_is_no_state_file_is_not_replaced(
 def test_a_template_that_forgets_answers_needs_raw(chat_bundle: Path) -> None:
     forgetful = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with edge_mmllm.load(chat_bundle) as session:
-        assert following_ids(session, "Hi", raw=True) == session.text.encode("Hi")
+        assert following(session, "Hi", {}, raw=True).ids.tolist() == session.text.encode("Hi")
         turn = session.text.encode("\n<user>Hi\n<assistant>")
-        assert following_ids(session, "Hi", raw=False) == turn
+        assert following(session, "Hi", {}, raw=False).ids.tolist() == turn
         spec = replace(session.text.spec, bos_id=5, add_bos=True)
         session._text = Text(spec, session.text._json)
         assert session.text.encode("Hi")[0] == 5
-        assert following_ids(session, "Hi", raw=False) == turn  # BOS begins a text, not a turn
+        assert following(session, "Hi", {}, raw=False).ids.tolist() == turn  # BOS begins a text, not a turn
         spec = replace(spec, chat_template=forgetful)
         session._text = Text(spec, session.text._json)
         with pytest.raises(UsageError, match="does not repeat"):
-            following_ids(session, "Hi", raw=False)
+            following(session, "Hi", {}, raw=False)
 
 
 # -- chat ---------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_embeddings_equal_ids(tmp_path):
     toy = toys.recurrent(tmp_path, embeds=True)
     with toy.session() as session:
         expected = session.prefill(IDS, logits="all")
-        embeddings = session.engine._embedder()(IDS)
+        embeddings = session.engine.embed(IDS)
         session.reset()
         assert np.array_equal(session.prefill(embeddings, logits="all"), expected)
         assert session.tokens == (-1,) * len(IDS)

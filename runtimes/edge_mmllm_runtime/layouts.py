@@ -1,0 +1,81 @@
+"""How the rows of one item (a picture, a video, a recording) are arranged: what the manifest's
+`modalities.NAME.layout` says, interpreted.
+
+A layout knows two things: the text that a placeholder becomes before it is tokenized, in which
+every token `token_id` stands for one row, and the order of the rows. A further family adds a
+class and a line in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_mmllm._fields import Fields
+from edge_mmllm.errors import UnsupportedBundle
+from edge_mmllm.modality import Modality
+from edge_mmllm_runtime.engine import Float32
+from edge_mmllm_runtime.media import Prepared
+
+
+class Layout(Protocol):
+    """One modality's arrangement. `item` is what preprocessing made of it."""
+
+    def text(self, item: Prepared) -> str:
+        """What the placeholder becomes; holds the placeholder once for every row."""
+        ...
+
+    def count(self, item: Prepared) -> int:
+        """Rows of the whole item."""
+        ...
+
+    def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
+        """The rows `(count, hidden)`, of what each run of the stages gave."""
+        ...
+
+
+class Plain:
+    """The rows of all tiles, one after another."""
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        if not modality.tokens:
+            raise fields.fail("kind", "another kind, since the number of rows is not fixed")
+        self._placeholder, self._tokens = modality.placeholder, modality.tokens
+
+    def text(self, item: Prepared) -> str:
+        return self._placeholder * self.count(item)
+
+    def count(self, item: Prepared) -> int:
+        return self._tokens * len(item.runs)
+
+    def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+#: `layout.kind` -> what interprets it: `(modality, fields of the layout) -> Layout`.
+LAYOUTS: dict[str, Any] = {
+    "plain": Plain,
+}
+
+
+def layout_of(modality: Modality, where: str) -> Layout:
+    """The layout of a modality.
+
+    Raises:
+        UnsupportedBundle: a kind that this release does not know.
+        CorruptBundle: its members are malformed.
+    """
+    fields = Fields(modality.layout, f"{where}.layout")
+    kind = fields.text("kind")
+    if kind not in LAYOUTS:
+        raise UnsupportedBundle(
+            "a layout that this release does not know",
+            where=fields.path("kind"),
+            expected=" | ".join(LAYOUTS),
+            found=kind[:80],
+            fix="upgrade edge-mmllm",
+        )
+    made: Layout = LAYOUTS[kind](modality, fields)
+    return made

@@ -1,0 +1,88 @@
+"""A prompt as the decoder reads it: token ids, and rows of features where pictures stand.
+
+Every position has an identity: a token's id, or a negative number made of the content's hash and
+the row. So a state knows which picture it has read, and what was read of one picture is never
+taken for another's: the prompt cache, `reuse` and state files compare identities only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_mmllm_runtime.engine import Float32, Int64
+
+#: Identities of rows lie in [-2**31 + 1, -2]; -1 is an embedding that nobody named.
+_IDENTITIES = 2**31 - 2
+
+
+def identities(key: bytes, count: int) -> Int64:
+    """Identities of the rows of what `key` names: negative, 31 bits of a hash each."""
+    drawn = hashlib.shake_256(key).digest(4 * count)
+    return -2 - (np.frombuffer(drawn, "<u4").astype(np.int64) % _IDENTITIES)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions that take rows of features.
+
+    Attributes:
+        start: first position.
+        count: positions.
+        first: the row that the first position takes.
+        rows: all rows, float32 `(n, hidden)`, computed when they are needed.
+    """
+
+    start: int
+    count: int
+    first: int
+    rows: Callable[[], Float32]
+
+    def within(self, begin: int, end: int) -> Span | None:
+        """The part at positions `begin .. end`, counted from `begin`; None where there is none."""
+        low, high = max(self.start, begin), min(self.start + self.count, end)
+        if low >= high:
+            return None
+        return replace(
+            self, start=low - begin, count=high - low, first=self.first + low - self.start
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """A prompt.
+
+    Attributes:
+        ids: int64 `(n,)`, the identity of each position.
+        spans: where rows stand; every negative identity is covered.
+    """
+
+    ids: Int64
+    spans: tuple[Span, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Prompted:
+        begin, end, _ = part.indices(len(self.ids))
+        cut = (span.within(begin, end) for span in self.spans)
+        return Prompted(self.ids[begin:end], tuple(span for span in cut if span is not None))
+
+    def load(self) -> None:
+        """Has the rows of every span computed now."""
+        for span in self.spans:
+            span.rows()
+
+    def embeddings(self, embed: Callable[[Int64], Float32]) -> Float32:
+        """float32 `(n, hidden)`: tokens through `embed`, rows in their places."""
+        out = embed(np.maximum(self.ids, 0))
+        if not out.flags.writeable:
+            out = out.copy()
+        for span in self.spans:
+            out[span.start : span.start + span.count] = span.rows()[
+                span.first : span.first + span.count
+            ]
+        return out
