@@ -80,9 +80,34 @@ def _qformer(instruct: bool) -> dict[str, Any]:
     return {"config": QFORMER, "shapes": shapes, "output": output, **arrays}
 
 
+PERCEIVER = {
+    "resampler_n_latents": 6,
+    "resampler_depth": 2,
+    "resampler_n_heads": 3,
+    "resampler_head_dim": 24,
+}
+
+
+def _perceiver(qk_norms: bool) -> dict[str, Any]:
+    import torch
+    from transformers import IdeficsConfig
+    from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+    sizes = PERCEIVER | {"qk_layer_norms_perceiver": qk_norms}
+    config = IdeficsConfig(perceiver_config=sizes, vision_config={"embed_dim": 40})
+    model = IdeficsPerceiverResampler(config, 40, 2, 3, 24, 6)
+    shapes = fill(model)
+    features = seeded("features", (FEATURES, 40)) * 3
+    with torch.no_grad():
+        output = model(torch.from_numpy(features)[None])[0].numpy()
+    return {"config": sizes, "shapes": shapes, "output": output, "features": features}
+
+
 PROJECTORS: dict[str, Callable[[], dict[str, Any]]] = {
     "qformer": lambda: _qformer(instruct=False),
     "qformer-text": lambda: _qformer(instruct=True),
+    "perceiver": lambda: _perceiver(qk_norms=False),
+    "perceiver-norms": lambda: _perceiver(qk_norms=True),
 }
 
 
