@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,6 +77,27 @@ def context_option(command: Decorated) -> Decorated:
     """`--context`."""
     text = "Tokens to make room for; default: the model's own limit."
     return click.option("--context", type=POSITIVE, metavar="N", help=text)(command)
+
+
+#: Modality -> what its option's help says.
+_MEDIA = {
+    "image": "A picture to ask about.",
+    "video": "A video to ask about (an animated file).",
+    "audio": "A recording to ask about.",
+}
+
+
+def media_options(command: Decorated) -> Decorated:
+    """`--image`, `--video`, `--audio`; each may be given again."""
+    for name, text in reversed(_MEDIA.items()):
+        text += " May be given again."
+        command = click.option(f"--{name}", name, multiple=True, metavar="PATH", help=text)(command)
+    return command
+
+
+def media_given(given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What `media_options` were given: modality -> paths."""
+    return {name: given[name] for name in _MEDIA if given[name]}
 
 
 def sampling_options(command: Decorated) -> Decorated:

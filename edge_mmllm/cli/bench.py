@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_mmllm.cli._options import POSITIVE, context_option, json_option, threads_option
+from edge_mmllm.cli._options import (
+    POSITIVE,
+    context_option,
+    json_option,
+    media_given,
+    media_options,
+    threads_option,
+)
 from edge_mmllm.cli._output import emit, progress_bars, size_text, table
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
               help="Tokens decoded after it.")  # fmt: skip
 @click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="N",
               help="Timed runs, after one to warm up.")  # fmt: skip
+@media_options
 @threads_option
 @context_option
 @json_option
@@ -38,10 +46,13 @@ def command(
     threads: int | None,
     context: int | None,
     as_json: bool,
+    **media: tuple[str, ...],
 ) -> None:
     """Measure a bundle's speed and memory on this device.
 
-    Fixed token counts, no early stop; medians over the repetitions, with their spread.
+    Fixed token counts, no early stop; medians over the repetitions, with their spread. With
+    --image the picture is encoded anew in every repetition, and the time to the first token is
+    split.
     """
     from edge_mmllm.profiling.bench import bench
 
@@ -53,6 +64,7 @@ def command(
             threads=threads,
             context=context,
             repetitions=repetitions,
+            media=media_given(media),
             progress=progress,
         )
     if as_json:
@@ -78,6 +90,7 @@ def _show(r: BenchReport) -> None:
         ("load", f"{r.load_ms:.0f} ms{spread(r.load_spread)}, first {r.first_load_ms:.0f} ms, "
          f"after {r.import_ms:.0f} ms of imports"),
         ("first token", f"{r.ttft_ms:.1f} ms{spread(r.ttft_spread)}"),
+        *((f"  {name.removesuffix('_ms')}", f"{value:.1f} ms") for name, value in r.split.items()),
         ("prefill", f"{r.prefill_tokens_per_s:.1f} tokens/s"),
         ("decode", f"{r.decode_tokens_per_s:.1f} tokens/s{spread(r.decode_spread)}"),
         ("between tokens", f"p50 {r.itl_ms_p50:.2f} ms, p99 {r.itl_ms_p99:.2f} ms"),

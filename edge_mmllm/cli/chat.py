@@ -26,18 +26,19 @@ from edge_mmllm.cli.run import answer_settings, writer
 def command(bundle: str, **given: Any) -> None:
     """Talk with a bundle's model.
 
-    /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. Answers go
-    to stdout, everything else to stderr.
+    /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer, /image PATH
+    (/video, /audio) puts a picture before what is said next. Answers go to stdout, everything
+    else to stderr.
     """
     from edge_mmllm_runtime import load
-    from edge_mmllm_runtime.chat import HELP, Conversation, chat
+    from edge_mmllm_runtime.chat import Conversation, chat
 
     settings = answer_settings(given)
     with load(bundle, threads=given["threads"], context=given["context"]) as session:
         talk = Conversation(session, settings, system=given["system"], raw=given["raw"])
         at_terminal = sys.stdin.isatty()
         if at_terminal:
-            say(HELP)
+            say(talk.help)
         chat(talk, _typed() if at_terminal else _piped(), writer(), say, interruptible)
 
 

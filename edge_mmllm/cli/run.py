@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_mmllm.cli._options import context_option, json_option, sampling_options, threads_option
+from edge_mmllm.cli._options import (
+    context_option,
+    json_option,
+    media_given,
+    media_options,
+    sampling_options,
+    threads_option,
+)
 from edge_mmllm.cli._output import emit, printable, progress_bars, size_text
 from edge_mmllm.errors import UsageError
 
 if TYPE_CHECKING:
     from edge_mmllm_runtime.answer import Answer, AnswerSettings
+    from edge_mmllm_runtime.perception import Timings
 
 
 @click.command("run")
 @click.argument("bundle", metavar="BUNDLE")
 @click.option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
+@media_options
 @sampling_options
 @threads_option
 @context_option
@@ -60,6 +69,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             threads=given["threads"],
             context=given["context"],
             raw=given["raw"],
+            media=media_given(given),
             files=StateFiles(given["state"], given["save_state"], given["state_storage"]),
             write=(lambda piece: None) if as_json else writer(waiting.close),
             progress=lambda done, total: bars("prompt", done, total),
@@ -109,11 +119,28 @@ def cost(answer: Answer) -> str:
         parts.append(f"load {answer.load_ms:.0f} ms")
     if answer.ttft_ms is not None:
         parts.append(f"first token {answer.ttft_ms:.0f} ms")
+    if answer.timings.items:
+        parts.append(f"({split(answer.timings)})")
     if answer.decode_tokens_per_s is not None:
         parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
     if answer.saved_state_bytes is not None:
         parts.append(f"state saved in {size_text(answer.saved_state_bytes)}")
     return ", ".join(parts)
+
+
+def split(timings: Timings) -> str:
+    """Where the time to the first token went; stages that were not run are left out."""
+    times = {
+        "load": timings.load_ms,
+        "preprocess": timings.preprocess_ms,
+        "encode": timings.encode_ms,
+        "project": timings.project_ms,
+        "prefill": timings.prefill_ms,
+    }
+    shown = [f"{name} {value:.0f} ms" for name, value in times.items() if value]
+    if timings.encoded < timings.items:
+        shown.append(f"{timings.items - timings.encoded} of {timings.items} encoded before")
+    return ", ".join(shown)
 
 
 def _stdin() -> str:

@@ -11,8 +11,8 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.errors import UsageError
@@ -50,6 +50,9 @@ class BenchReport:
         state_bytes: state in use at the end; `state_capacity_bytes`: reserved.
         machine: see `profiling.machine`; its load average is from before the run.
         load_average_after: of the last minute.
+        split: with pictures, where `ttft_ms` went: `preprocess_ms`, `encode_ms`, `project_ms`,
+            `prefill_ms`; medians. The picture is encoded anew each time; its stages are loaded
+            by the repetition that warms up. Empty without.
     """
 
     bundle_sha256: str
@@ -85,6 +88,7 @@ class BenchReport:
     state_capacity_bytes: int
     machine: Machine
     load_average_after: float | None
+    split: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -98,6 +102,8 @@ class _Repetition:
     ttft: float
     gaps: tuple[float, ...]
     steps: tuple[float, ...]
+    prompt_tokens: int
+    split: Mapping[str, float]
 
 
 def bench(
@@ -108,6 +114,7 @@ def bench(
     threads: int | None = None,
     context: int | None = None,
     repetitions: int = 5,
+    media: Mapping[str, Sequence[Any]] | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measures a bundle in this process. Run it in a fresh one: memory is the process's.
@@ -117,6 +124,7 @@ def bench(
         new_tokens: decode steps timed, at least 1 (the first new token comes from the prompt).
         threads, context: see `edge_mmllm.load`.
         repetitions: timed generations, after one that is not.
+        media: modality (`image`, ...) -> files, which stand before the tokens of the prompt.
         progress: called with ("bench", generations done, generations in all).
 
     Raises:
@@ -143,8 +151,8 @@ def bench(
     session, first_load_ms = load()
     with session:
         loaded = memory_use()
-        runs = _repeat(session, prompt_tokens, new_tokens, repetitions, progress)
-        report = _report(session, runs, loaded, prompt_tokens, first_load_ms, machine)
+        runs = _repeat(session, prompt_tokens, new_tokens, repetitions, media or {}, progress)
+        report = _report(session, runs, loaded, first_load_ms, machine)
     loads = [first_load_ms]
     for _ in range(_LOADS - 1):
         session, load_ms = load()
@@ -180,20 +188,28 @@ def _repeat(
     prompt_tokens: int,
     new_tokens: int,
     repetitions: int,
+    media: Mapping[str, Sequence[Any]],
     progress: Progress | None,
 ) -> list[_Repetition]:
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(0, session.spec.vocab_size, prompt_tokens).tolist()
+    spec = session.spec
+    drawn = np.random.default_rng(0).integers(0, spec.vocab_size, prompt_tokens)
+    drawn[np.isin(drawn, [m.token_id for m in spec.modalities.values()])] = 0
+    known = [(name, files) for name, files in media.items() if name in spec.modalities]
+    marks = [spec.modalities[name].token_id for name, files in known for _ in files]
+    ids = [*marks, *drawn.tolist()]
     runs = []
     for i in range(repetitions + 1):
-        runs.append(_once(session, ids, new_tokens))
+        runs.append(_once(session, ids, new_tokens, media))
         if progress is not None:
             progress("bench", i + 1, repetitions + 1)
     return runs[1:]  # the first one warmed up
 
 
-def _once(session: Session, ids: list[int], new_tokens: int) -> _Repetition:
+def _once(
+    session: Session, ids: list[int], new_tokens: int, media: Mapping[str, Sequence[Any]]
+) -> _Repetition:
     """One generation from an empty context."""
     engine = session.engine
     plain_step = engine.step
@@ -209,27 +225,31 @@ def _once(session: Session, ids: list[int], new_tokens: int) -> _Repetition:
     engine.step = timed_step  # type: ignore[method-assign]
     try:
         session.reset()
+        session.perception.forget()
         times = [clock()]
-        for _ in session.generate_tokens(ids, new_tokens + 1, ignore_eos=True):
+        prompt = session.encode(ids, media)
+        for _ in session.generate_tokens(prompt, new_tokens + 1, ignore_eos=True):
             times.append(clock())
     finally:
         engine.step = plain_step  # type: ignore[method-assign]
     if len(times) != new_tokens + 2:
         raise UsageError(
             "the tokens do not fit the context",
-            expected=f"{new_tokens + 1} new tokens after {len(ids)}",
+            expected=f"{new_tokens + 1} new tokens after {len(prompt)}",
             found=f"{len(times) - 1}, then the end: {session.finish_reason}",
             fix="fewer --prompt-tokens or --new-tokens, or a larger --context",
         )
     gaps = tuple(b - a for a, b in itertools.pairwise(times[1:]))
-    return _Repetition(times[1] - times[0], gaps, tuple(steps))
+    told = session.perception.timings.to_json()
+    names = ("preprocess_ms", "encode_ms", "project_ms", "prefill_ms") if media else ()
+    split = {name: told[name] for name in names}
+    return _Repetition(times[1] - times[0], gaps, tuple(steps), len(prompt), split)
 
 
 def _report(
     session: Session,
     runs: list[_Repetition],
     loaded: MemoryUse,
-    prompt_tokens: int,
     first_load_ms: float,
     machine: Machine,
 ) -> BenchReport:
@@ -250,7 +270,7 @@ def _report(
         engine=engine.name,
         engine_version=engine.version,
         threads=engine.threads,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=runs[0].prompt_tokens,
         new_tokens=len(runs[0].gaps),
         repetitions=len(runs),
         import_ms=0.0,
@@ -259,7 +279,7 @@ def _report(
         first_load_ms=first_load_ms,
         ttft_ms=ttft_s * 1e3,
         ttft_spread=spread(ttfts),
-        prefill_tokens_per_s=prompt_tokens / ttft_s,
+        prefill_tokens_per_s=runs[0].prompt_tokens / ttft_s,
         decode_tokens_per_s=statistics.median(rates),
         decode_spread=spread(rates),
         itl_ms_p50=percentile(gaps, 50) * 1e3,
@@ -275,4 +295,5 @@ def _report(
         state_capacity_bytes=session.state_capacity_bytes,
         machine=machine,
         load_average_after=None,
+        split={n: statistics.median(run.split[n] for run in runs) for n in runs[0].split},
     )
