@@ -85,6 +85,10 @@ class StateSpec:
         return cls(fields.text("name"), shape, dtype, kind)
 
 
+#: The stage that holds the decoder as a program for the native kernels, where there is one.
+NATIVE_DECODER = "decoder_native"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One executable part of a bundle, e.g. `decoder` in `decoder.onnx`.
@@ -257,8 +261,9 @@ def _start_id(fields: Fields, vocab_size: int, stages: Collection[str]) -> int |
 def _check_fills(fields: Fields, spec: ModelSpec) -> None:
     """Every cross_kv state is filled by one stage. Raises: CorruptBundle."""
     filled = sorted(name for stage in spec.stages.values() for name in stage.fills)
-    if filled != sorted(s.name for s in spec.states if s.kind == "cross_kv"):
-        raise fields.fail("stages", "each cross_kv state in the `fills` of one stage, no others")
+    memory = sorted(s.name for s in spec.states if s.kind == "cross_kv")
+    if filled != memory or sum(bool(stage.fills) for stage in spec.stages.values()) > 1:
+        raise fields.fail("stages", "one stage whose `fills` are all cross_kv states")
 
 
 def _modalities(fields: Fields, vocab_size: int) -> dict[str, Modality]:

@@ -254,6 +254,9 @@ def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
         text=job.text.spec,
         components=job.model.components() if isinstance(job.model, Composite) else (),
         modalities=job.model.modalities() if isinstance(job.model, Composite) else {},
+        decoder_start_id=getattr(
+            getattr(job.model, "backbone", job.model), "decoder_start_id", None
+        ),
     )
 
 

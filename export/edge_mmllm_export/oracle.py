@@ -35,8 +35,8 @@ class Oracle:
         self.position = 0
         self.states = {s.name: np.zeros(s.at(0), np.float32) for s in self.model.states()}
 
-    def encode(self, ids: NDArray[np.int64]) -> None:
-        """An encoder-decoder reads a prompt `(seq,)`, from an empty state. Others read nothing.
+    def start(self, ids: NDArray[np.int64]) -> None:
+        """Empties the state; an encoder-decoder then reads a prompt `(seq,)`, others nothing.
 
         After it `forward` takes what the decoder says, from `decoder_start_id` on.
         """
@@ -46,10 +46,26 @@ class Oracle:
             op = NumpyOps(self.states, 0, None, self._cache)
             model.remember(op, self.weights, model.embed(op, self.weights, ids))
 
+    def answer(self, ids: NDArray[np.int64]) -> Array:
+        """All logits of ids `(seq,)` from an empty state; an encoder-decoder has read them as its
+        prompt before."""
+        self.start(ids)
+        return self.forward(ids)
+
     def forward(self, ids: NDArray[np.int64], rows: NDArray[np.int64] | None = None) -> Array:
         """Token ids `(seq,)` -> logits `(rows, vocab)`; all rows by default."""
-        op = NumpyOps(self.states, self.position, rows, self._cache)
-        x = self.model.embed(op, self.weights, ids)
-        logits = self.model.decode(op, self.weights, x)
-        self.position += len(ids)
+        return self.forward_embeddings(self.embed(ids), rows)
+
+    def ops(self, rows: NDArray[np.int64] | None = None) -> NumpyOps:
+        """The ops at the present position; `rows` get logits."""
+        return NumpyOps(self.states, self.position, rows, self._cache)
+
+    def embed(self, ids: NDArray[np.int64]) -> Array:
+        """Token ids `(seq,)` -> `(seq, hidden)`."""
+        return self.model.embed(self.ops(), self.weights, ids)
+
+    def forward_embeddings(self, x: Array, rows: NDArray[np.int64] | None = None) -> Array:
+        """Embeddings `(seq, hidden)` -> logits `(rows, vocab)`; all rows by default."""
+        logits = self.model.decode(self.ops(rows), self.weights, x)
+        self.position += len(x)
         return logits

@@ -205,15 +205,16 @@ def run(request: Request) -> dict[str, Any]:
     with load(request.bundle, threads=request.threads, context=None) as session:
         encode = None if session.spec.text.tokenizer == "none" else session.text.encode
         ids, text = gate_tokens(encode, model.vocab_size, limit, request.text)
+        session.start(ids)
         candidate = session.prefill(ids, logits="all")
-    reference = Oracle(model, weights).forward(ids)
+    reference = Oracle(model, weights).answer(ids)
     targets = np.append(ids[1:], -1)
     figures: dict[str, Any] = divergence(reference, candidate, targets).figures()
     scheme = plan_scheme(request.plan)
     # Whose doing: the numbers stored, or what the engine makes of them?
     exact = reference
     if scheme != "f32":
-        exact = Oracle(model, as_stored(bind_weights(request.plan.of))).forward(ids)
+        exact = Oracle(model, as_stored(bind_weights(request.plan.of))).answer(ids)
     figures["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
     figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     broken = breaches(figures, thresholds(scheme))

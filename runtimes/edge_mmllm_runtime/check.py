@@ -137,12 +137,12 @@ def run_golden(session: Session, golden: Golden, allowed: Limits) -> tuple[Pass,
         ContextFull: they have more tokens than the session's context.
     """
     n = len(golden.ids)
-    session.reset()
+    session.start(golden.ids)
     whole = session.prefill(golden.ids, logits="all")
     start = max(n - _STEPS, n // 2)
     found = [_compare("prefill", golden, whole, 0, allowed)]
     if start:
-        session.reset()
+        session.start(golden.ids)
         session.prefill(golden.ids[:start])
         steps = np.stack([session.decode(int(token)) for token in golden.ids[start:]])
         found.append(_compare("decode", golden, steps, start, allowed))

@@ -21,6 +21,7 @@ from edge_mmllm.errors import ContextFull, SessionClosed, SessionError, UsageErr
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
 from edge_mmllm_runtime.inputs import check_positions, checked_embeddings, checked_ids
+from edge_mmllm_runtime.memory import with_rows
 from edge_mmllm_runtime.perception import Perception
 from edge_mmllm_runtime.prompt_cache import PromptCache
 from edge_mmllm_runtime.prompted import Prompted
@@ -115,7 +116,7 @@ class Context:
     @property
     def state_bytes(self) -> int:
         """Bytes of state in use at this position (constant for recurrent models)."""
-        return self.spec.state_bytes(self._position)
+        return self.spec.state_bytes(self._position, self.engine.memory_rows)
 
     @property
     def state_capacity_bytes(self) -> int:
@@ -243,6 +244,31 @@ class Context:
         self.engine.clear()
         self._set(0, array("i"), None)
 
+    def start(self, prompt: Sequence[int] | Int64 | Float32 | Prompted) -> None:
+        """Empties the context; the encoder of an encoder-decoder then reads `prompt`, whose
+        answer `prefill` and `decode` read from `spec.decoder_start_id` on. Other models read
+        nothing yet.
+
+        Args:
+            prompt: see `prefill`.
+
+        Raises:
+            UsageError: nothing was changed.
+            SessionError: the context is empty.
+        """
+        x = self._checked(prompt)
+        self.reset()
+        stage = self.spec.stages.get("encode_text")
+        if stage is None:
+            return
+        started = time.perf_counter()
+        taken, engine = self._input(x), self.engine
+        if taken.dtype == np.int64 and "inputs_embeds" in stage.inputs:
+            taken = engine.embed(np.asarray(taken, np.int64))
+        engine.remember("encode_text", {stage.inputs[0]: taken})
+        self._version += 1
+        self.perception.timings.prefill_ms += (time.perf_counter() - started) * 1e3
+
     def rewind(self, position: int) -> bool:
         """Drops the tokens from `position` on, where that costs nothing.
 
@@ -279,14 +305,15 @@ class Context:
         """
         check_storage(storage)
         self._check_idle()
-        states = self.engine.save(self._position)
+        states, memory = self.engine.save(self._position), self.engine.memory_rows
         return Snapshot(
             bundle_sha256=self.bundle_sha256,
             position=self._position,
-            data=pack(self.spec.states, states, self._position, storage),
+            data=pack(with_rows(self.spec.states, memory), states, self._position, storage),
             storage=storage,
             logits=None if self._logits is None else self._logits.copy(),
             tokens=None if self._tokens is None else self._tokens[:],
+            memory=memory,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -384,6 +411,11 @@ class Context:
         return checked_ids(ids, self.spec.vocab_size)
 
     def _check_room(self, count: int) -> None:
+        if self.spec.decoder_start_id is not None and not self.engine.memory_rows:
+            raise UsageError(
+                "the encoder has read nothing that could be answered",
+                fix="generate(prompt), or start(prompt) before prefill and decode",
+            )
         if self.context is not None and self._position + count > self.context:
             raise ContextFull(self._position, count, self.context)
 

@@ -90,6 +90,11 @@ def appended(
     session: Session, ids: Prompted, max_new_tokens: int, sampling: Sampling, progress: Progress
 ) -> Iterator[int]:
     """Reads `ids` after the present state, then generates. See `Session.generate_tokens`."""
+    if session.spec.decoder_start_id is not None:
+        raise UsageError(
+            "an encoder-decoder cannot read more of a prompt after its state",
+            fix="ask again from an empty context, with the whole prompt",
+        )
     session.prefill(ids, progress=progress)
     yield from session.generate_tokens(None, max_new_tokens, sampling)
 

@@ -58,6 +58,11 @@ class Engine(Protocol):
     accepts_embeddings: bool
     state_capacity_bytes: int
 
+    @property
+    def memory_rows(self) -> int:
+        """Rows in the cross_kv states."""
+        ...
+
     def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
         """Runs `chunk` and advances the states by its length.
 
@@ -85,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def clear(self) -> None:
-        """Makes the states those of an empty context."""
+        """Makes the states those of an empty context, without a memory."""
         ...
 
     def rewind(self, position: int, to: int) -> bool:
@@ -103,7 +108,7 @@ class Engine(Protocol):
     def save(self, position: int) -> Arrays:
         """The states, perhaps as views that the next call overwrites.
 
-        Of those that grow, the first `position` tokens.
+        Of those that grow, the first `position` tokens; of cross_kv, all rows.
         """
         ...
 
@@ -129,6 +134,16 @@ class Engine(Protocol):
         Raises:
             SessionError: the engine failed.
             CorruptBundle: the stage cannot be loaded, or is not as the manifest says.
+        """
+        ...
+
+    def remember(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
+    ) -> None:
+        """Runs a stage that fills the cross_kv states, instead of or behind what they hold.
+
+        Raises:
+            SessionError, CorruptBundle: as `run_stage`; the states are as before.
         """
         ...
 

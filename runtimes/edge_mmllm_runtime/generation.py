@@ -97,8 +97,9 @@ def tokens(
             "there is nothing to go on from",
             fix="give a prompt, or decode() a token first (after a generation: its last)",
         )
-    if ids is not None and session.context is not None and len(ids) > session.context:
-        raise ContextFull(0, len(ids), session.context)
+    taken = 0 if ids is None or session.spec.decoder_start_id is not None else len(ids)
+    if session.context is not None and taken > session.context:
+        raise ContextFull(0, taken, session.context)
     return _loop(session, ids, max_new_tokens, sampling, stop_ids, reuse, progress)
 
 
@@ -115,7 +116,10 @@ def _loop(
     logits = session.logits if ids is None else _read(session, ids, reuse, progress)
     if logits is None:
         raise _moved_on()
-    seen = (session.tokens or ()) if ids is None else ids.ids.tolist()
+    if ids is None or session.spec.decoder_start_id is not None:
+        seen: Sequence[int] = session.tokens or ()
+    else:
+        seen = ids.ids.tolist()
     sampler = Sampler(sampling, session.spec.vocab_size, seen)
     version, token = session.version, None
     for _ in range(max_new_tokens):
@@ -144,7 +148,11 @@ def _moved_on() -> UsageError:
 
 
 def _read(session: Session, ids: Prompted, reuse: bool, progress: Progress | None) -> Float32:
-    """Makes the state that of `ids` and returns the logits of the last one."""
+    """Makes the state that of `ids` and returns the logits of the last one; of an
+    encoder-decoder, those of the answer's first token."""
+    if session.spec.decoder_start_id is not None:
+        session.start(ids)
+        return session.prefill([session.spec.decoder_start_id])
     if reuse and session.tokens is not None:
         known = common_prefix(session.tokens, ids.ids)
         if known == len(ids) == session.position and session.logits is not None:

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
-from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec
+from edge_mmllm.spec import ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.hugepages import huge_pages
+from edge_mmllm_runtime.memory import Memory
 from edge_mmllm_runtime.prepacked import cached_graph
 from edge_mmllm_runtime.state import StateBuffers, allocate
 
@@ -92,12 +93,14 @@ class OnnxEngine:
         self._inputs = frozenset(stage.inputs)
         self.accepts_embeddings = "inputs_embeds" in self._inputs
         self._session = _open(file(stage.file), threads)
-        _check(self._session, spec, stage, spec.states)
+        self._memory = Memory(spec.states)
+        own = tuple(s for s in spec.states if s.kind != "cross_kv")
+        _check(self._session, spec, stage, spec.states, own)
         grows = any(s.grows for s in spec.states)
         if grows and context is None:
             raise UsageError("a model whose state grows needs a context", expected="tokens")
         self.capacity = context if grows else None
-        self._states = StateBuffers(spec.states, self.capacity, stage.in_place)
+        self._states = StateBuffers(own, self.capacity, stage.in_place)
         self._in_place, self._lost = bool(stage.in_place), False
         self.state_capacity_bytes = self._states.size_bytes
         self._stages: dict[str, ort.InferenceSession] = {}
@@ -132,6 +135,15 @@ class OnnxEngine:
                 step.bind_ortvalue_input("logit_rows", _value(self._first_row))
             step.bind_ortvalue_output("logits", self._logits_value)
         self._step_bindings = bindings  # keeps the OrtValues of `_steps` alive
+        self._bind_memory()
+
+    def _bind_memory(self) -> None:
+        """Has every binding read the memory as it is now."""
+        for name, array in self._memory.arrays.items():
+            value = _value(array)
+            for pair in self._step_bindings:
+                for binding in pair:
+                    binding.bind_ortvalue_input(f"state.{name}", value)
 
     def _bind(self, values: dict[str, tuple[Any, Any]], parity: int) -> Any:
         """A binding that reads states from buffers `parity` and writes them to the others."""
@@ -198,7 +210,8 @@ class OnnxEngine:
                 f"the bundle has no stage `{name}`", expected=", ".join(self._spec.stages)
             )
         session = _open(self._file(stage.file), self.threads)
-        _check(session, self._spec, stage, ())
+        filled = tuple(s for s in self._spec.states if s.name in stage.fills)
+        _check(session, self._spec, stage, (), filled)
         self._stages[name] = session
         return True
 
@@ -212,6 +225,24 @@ class OnnxEngine:
             raise SessionError(f"onnxruntime failed to run {name}", found=str(error)) from error
         return result
 
+    @property
+    def memory_rows(self) -> int:
+        """See `Engine.memory_rows`."""
+        return self._memory.rows
+
+    def remember(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
+    ) -> None:
+        """See `Engine.remember`."""
+        self.load_stage(name)
+        stage = self._spec.stages[name]
+        try:
+            outputs = self._stages[name].run([f"next.{n}" for n in stage.fills], dict(inputs))
+        except Exception as error:  # see `_execute`
+            raise SessionError(f"onnxruntime failed to run {name}", found=str(error)) from error
+        self._memory.fill(dict(zip(stage.fills, outputs, strict=True)), append=append)
+        self._bind_memory()
+
     def release(self, name: str) -> bool:
         """See `Engine.release`."""
         return self._stages.pop(name, None) is not None
@@ -220,6 +251,9 @@ class OnnxEngine:
         """See `Engine.clear`."""
         self._states.clear()
         self._lost = False
+        if self._memory.rows:
+            self._memory.clear()
+            self._bind_memory()
 
     def rewind(self, position: int, to: int) -> bool:
         """See `Engine.rewind`."""
@@ -237,18 +271,23 @@ class OnnxEngine:
 
     def save(self, position: int) -> Arrays:
         """See `Engine.save`."""
-        return self._states.save(position)
+        return self._states.save(position) | self._memory.arrays
 
     def load(self, states: Arrays, position: int) -> None:
         """See `Engine.load`."""
-        self._states.load(states, position)
+        memory = {s.name: states[s.name] for s in self._memory.specs if s.name in states}
+        self._memory.check(memory)
+        self._states.load({n: a for n, a in states.items() if n not in memory}, position)
         self._lost = False
+        if memory:
+            self._memory.fill(memory)
+            self._bind_memory()
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._stages.clear()
         del self._run, self._steps, self._step_bindings, self._prefills, self._logits_value
-        del self._states, self._session
+        del self._states, self._memory, self._session
 
 
 def _value(array: NDArray[Any]) -> ort.OrtValue:
@@ -269,9 +308,16 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def _check(
-    session: ort.InferenceSession, spec: ModelSpec, stage: Stage, states: tuple[StateSpec, ...]
+    session: ort.InferenceSession,
+    spec: ModelSpec,
+    stage: Stage,
+    reads: tuple[StateSpec, ...],
+    writes: tuple[StateSpec, ...],
 ) -> None:
     """Compares a graph's inputs and outputs with the manifest: names, types, fixed sizes.
+
+    Args:
+        reads, writes: states that come in as `state.X`, and that go out as `next.X`.
 
     Raises:
         CorruptBundle: all differences at once.
@@ -284,16 +330,16 @@ def _check(
         "logits": ("tensor(float)", (None, spec.vocab_size)),
         "features": ("tensor(float)", (None, None)),
     }
-    carried = {
-        s.name: (_ORT_TYPES[s.dtype], tuple(None if d == CAPACITY else d for d in s.shape))
-        for s in states
-    }
     wrong = []
-    for side, nodes, names, prefix in (
-        ("input", session.get_inputs(), stage.inputs, "state."),
-        ("output", session.get_outputs(), stage.outputs, "next."),
+    for side, nodes, names, prefix, states in (
+        ("input", session.get_inputs(), stage.inputs, "state.", reads),
+        ("output", session.get_outputs(), stage.outputs, "next.", writes),
     ):
-        want = {n: plain.get(n) for n in names} | {prefix + n: t for n, t in carried.items()}
+        carried = {
+            prefix + s.name: (_ORT_TYPES[s.dtype], tuple(None if d < 0 else d for d in s.shape))
+            for s in states
+        }
+        want = {n: plain.get(n) for n in names} | carried
         have = {n.name: (n.type, tuple(n.shape)) for n in nodes}
         for name in sorted(want.keys() | have.keys()):
             wanted, found = want.get(name), have.get(name)

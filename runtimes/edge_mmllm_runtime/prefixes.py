@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from edge_mmllm.errors import ContextFull
+from edge_mmllm.errors import ContextFull, UsageError
 from edge_mmllm_runtime import generation
 from edge_mmllm_runtime.inputs import common_prefix
 from edge_mmllm_runtime.prompted import Prompted
@@ -72,6 +72,8 @@ def _before_last_word(text: str) -> str:
 def cache_prompt(session: Session, prompt: generation.Prompt, storage: Storage) -> int:
     """See `Session.cache_prompt`."""
     check_storage(storage)
+    if session.spec.decoder_start_id is not None:
+        raise UsageError("an encoder reads whole prompts: no beginning of one can be kept")
     if isinstance(prompt, str):
         ids = Prompted(np.array(stable_ids(session.text, prompt), np.int64))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
@@ -123,7 +125,7 @@ def sharing(session: Session, prompts: Sequence[Prompted | None]) -> Iterator[No
 
 def _worth_sharing(session: Session, prompts: Sequence[Prompted | None]) -> Prompted | None:
     """What all prompts begin with; None where reading it again costs less, or no room is left."""
-    if len(prompts) < 2:
+    if len(prompts) < 2 or session.spec.decoder_start_id is not None:
         return None
     first, *others = (Prompted(np.empty(0, np.int64)) if p is None else p for p in prompts)
     count = min(common_prefix(first.ids, other.ids) for other in others)

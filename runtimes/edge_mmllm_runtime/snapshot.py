@@ -13,6 +13,7 @@ from edge_mmllm.errors import ContextFull, CorruptState, StateMismatch
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime import statefile
 from edge_mmllm_runtime.engine import Arrays, Float32
+from edge_mmllm_runtime.memory import with_rows
 from edge_mmllm_runtime.statefile import Header
 from edge_mmllm_runtime.storage import Bytes, Storage, packed_bytes, unpack
 
@@ -29,6 +30,7 @@ class Snapshot:
         storage: how `data` holds them.
         logits: float32 `(vocab,)` of the last token, if it was computed.
         tokens: ids in the state (-1 for an embedding), None where they are no longer known.
+        memory: rows in the cross_kv states.
     """
 
     bundle_sha256: str
@@ -37,6 +39,7 @@ class Snapshot:
     storage: Storage
     logits: Float32 | None
     tokens: array[int] | None
+    memory: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -56,7 +59,8 @@ class Snapshot:
         Raises:
             StateMismatch: it does not fit the contract.
         """
-        return unpack(spec.states, self.data, self.position, self.storage)
+        states = with_rows(spec.states, self.memory)
+        return unpack(states, self.data, self.position, self.storage)
 
     def check(self, spec: ModelSpec, bundle_sha256: str, context: int | None) -> None:
         """Raises unless a session of this bundle and context can take it.
@@ -92,7 +96,13 @@ class Snapshot:
             OSError: it cannot be written.
         """
         header = Header(
-            self.bundle_sha256, self.position, self.storage, self.size_bytes, logits=0, tokens=0
+            self.bundle_sha256,
+            self.position,
+            self.storage,
+            self.size_bytes,
+            logits=0,
+            tokens=0,
+            memory=self.memory,
         )
         payload = [self.data.data]
         if self.logits is not None:
@@ -149,6 +159,7 @@ class Snapshot:
             storage=header.storage,
             logits=np.frombuffer(logits.tobytes(), "<f4") if header.logits else None,
             tokens=array("i", tokens.view("<i4").tolist()) if known else None,
+            memory=header.memory,
         )
 
 
@@ -168,7 +179,8 @@ def _check_bundle(found: str, expected: str, path: Path | None) -> None:
 
 
 def _check_sizes(header: Header, spec: ModelSpec, path: Path) -> None:
-    expected = packed_bytes(spec.states, header.position, header.storage)
+    states = with_rows(spec.states, header.memory)
+    expected = packed_bytes(states, header.position, header.storage)
     if header.states_bytes != expected or header.logits not in (0, spec.vocab_size):
         raise CorruptState(
             "the state file contradicts its bundle",

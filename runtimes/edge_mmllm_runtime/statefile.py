@@ -53,6 +53,7 @@ class Header:
         states_bytes: their size.
         logits: number of float32 logits; 0 for none.
         tokens: number of int32 token ids; `position` or 0.
+        memory: rows in the cross_kv states; left out of the JSON where there are none.
     """
 
     bundle_sha256: str
@@ -61,6 +62,7 @@ class Header:
     states_bytes: int
     logits: int
     tokens: int
+    memory: int = 0
 
     @property
     def payload_bytes(self) -> int:
@@ -145,7 +147,8 @@ def is_state_file(path: Path) -> bool:
 
 def _json(header: Header) -> bytes:
     """The header's JSON, padded."""
-    told = json.dumps(asdict(header), separators=(",", ":")).encode("ascii")
+    members = {k: v for k, v in asdict(header).items() if k != "memory" or v}
+    told = json.dumps(members, separators=(",", ":")).encode("ascii")
     return told + b" " * (-(PREFIX.size + len(told)) % ALIGNMENT)
 
 
@@ -193,9 +196,10 @@ def _parsed(told: bytes, path: Path) -> Header:
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"a header that is not JSON: {error}") from error
     names = set(Header.__dataclass_fields__)
-    if not isinstance(value, dict) or set(value) != names:
+    if not isinstance(value, dict) or {*value, "memory"} != names:
         raise _corrupt(path, "a header with other members than this release knows")
-    for name in ("position", "states_bytes", "logits", "tokens"):
+    value.setdefault("memory", 0)
+    for name in ("position", "states_bytes", "logits", "tokens", "memory"):
         if type(value[name]) is not int or not 0 <= value[name] < _MAX_COUNT:
             raise _corrupt(path, f"{name} is not a usable number")
     sha = value["bundle_sha256"]

@@ -92,6 +92,7 @@ def export(loaded: Loaded, folder: Path, inputs: Inputs = "ids") -> Exported:
         states=model.states(),
         stages=stages,
         text=TextSpec("none"),
+        decoder_start_id=getattr(model, "decoder_start_id", None),
     )
     return Exported(spec, folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 import references
 
-from edge_mmllm.errors import TensorMismatch, UnsupportedArchitecture
+from edge_mmllm.errors import CorruptState, TensorMismatch, UnsupportedArchitecture, UsageError
+from edge_mmllm_export.exporter import export
 from edge_mmllm_export.ops.memory import RelativeBias
+from edge_mmllm_export.planning import ExportOptions
+from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Source, Weight
+from edge_mmllm_runtime.check import check
+from edge_mmllm_runtime.sampling import Sampling
 
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "encoder_decoders"
 NAMES = ["t5", "flan-t5"]
@@ -34,7 +40,7 @@ def golden(name):
 def test_oracle_equals_transformers(name):
     prompt, answer, expected = golden(name)
     oracle = references.load(FOLDER / name).oracle()
-    oracle.encode(prompt)
+    oracle.start(prompt)
     assert expected.std() > 2
     np.testing.assert_allclose(oracle.forward(answer), expected, rtol=0, atol=TOLERANCE)
 
@@ -44,7 +50,7 @@ def test_oracle_equals_transformers(name):
 def test_oracle_whole_equals_chunked(name, chunk):
     prompt, answer, expected = golden(name)
     oracle = references.load(FOLDER / name).oracle()
-    oracle.encode(prompt)
+    oracle.start(prompt)
     parts = [oracle.forward(answer[i : i + chunk]) for i in range(0, len(answer), chunk)]
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=0, atol=TOLERANCE)
 
@@ -60,6 +66,160 @@ def test_buckets_of_the_published_sizes(both_ways):
     index = np.clip(np.arange(-300, 301), -128, 128 if both_ways else 0) + 128
     assert len(found) == last + 1
     np.testing.assert_array_equal(found[index], expected)
+
+
+@pytest.mark.parametrize("inputs", ["ids", "embeds"])
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_equals_transformers(name, inputs, tmp_path):
+    prompt, answer, expected = golden(name)
+    exported = exported_to(tmp_path, name, inputs)
+    embed = {"embed"} if inputs == "embeds" else set()
+    assert set(exported.spec.stages) == {"encode_text", "decoder"} | embed
+    with exported.session() as session:
+        session.start(prompt)
+        whole = session.prefill(answer, logits="all")
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_whole_equals_chunked_equals_stepwise(name, tmp_path):
+    prompt, answer, _ = golden(name)
+    exported = exported_to(tmp_path, name)
+    with exported.session() as session, exported.session(chunk=7) as chunked:
+        session.start(prompt)
+        whole = session.prefill(answer, logits="all")
+        chunked.start(prompt)
+        assert_close(chunked.prefill(answer, logits="all"), whole)
+        session.start(prompt)
+        assert session.position == 0
+        assert_close(np.stack([session.decode(int(i)) for i in answer]), whole)
+
+
+def test_a_prompt_is_encoded_once_for_all_steps(tmp_path, monkeypatch):
+    prompt, _, _ = golden("t5")
+    exported = exported_to(tmp_path, "t5")
+    with exported.session() as session:
+        runs = []
+        remember = session.engine.remember
+        monkeypatch.setattr(
+            session.engine, "remember", lambda *a, **k: (runs.append(a[0]), remember(*a, **k))
+        )
+        assert len(list(session.generate_tokens(prompt.tolist(), 9, ignore_eos=True))) == 9
+        assert runs == ["encode_text"]
+        assert session.engine.release("encode_text")
+        session.decode(3)  # the memory does not need its stage any more
+        assert session.position == 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_begins_at_the_start_token(name, tmp_path):
+    """Greedy, as transformers' generate: the prompt goes to the encoder alone."""
+    prompt, _, _ = golden(name)
+    oracle = references.load(FOLDER / name).oracle()
+    oracle.start(prompt)
+    expected, token = [], 0
+    for _ in range(12):
+        token = int(oracle.forward(np.array([token]))[0].argmax())
+        expected.append(token)
+    exported = exported_to(tmp_path, name)
+    with exported.session() as session:
+        for _ in range(2):  # the second starts from nothing again
+            assert list(session.generate_tokens(prompt.tolist(), 12, ignore_eos=True)) == expected
+        assert session.tokens == (0, *expected[:-1])
+        session.start(prompt)
+        first = session.prefill([0])
+        session.start(prompt[::-1].copy())
+        assert np.abs(session.prefill([0]) - first).max() > 0.1
+
+
+@pytest.mark.parametrize("storage", ["f32", "f16", "int8"])
+def test_snapshot_restore_and_branch(storage, tmp_path):
+    prompt, answer, _ = golden("flan-t5")
+    exported = exported_to(tmp_path, "flan-t5")
+    sampling = Sampling(temperature=1.0, seed=5)
+    with exported.session() as session, exported.session(context=64) as other:
+        session.start(prompt)
+        session.prefill(answer[:20])
+        snapshot = session.snapshot(storage)
+        assert snapshot.memory == len(prompt)
+        session.restore(snapshot)
+        first = list(session.generate_tokens(None, 12, sampling, ignore_eos=True))
+        assert len(set(first)) > 6
+        session.start(prompt[:3])  # another prompt, of another length
+        session.prefill(answer[:4])
+        session.restore(snapshot)
+        assert (session.position, session.engine.memory_rows) == (20, len(prompt))
+        assert list(session.generate_tokens(None, 12, sampling, ignore_eos=True)) == first
+        snapshot.save(tmp_path / "x.state")
+        other.load_state(tmp_path / "x.state")
+        assert list(other.generate_tokens(None, 12, sampling, ignore_eos=True)) == first
+
+
+def test_a_state_file_whose_memory_is_of_another_size_is_refused(tmp_path):
+    prompt, answer, _ = golden("t5")
+    exported = exported_to(tmp_path, "t5")
+    with exported.session() as session:
+        session.start(prompt)
+        session.prefill(answer[:5])
+        replace(session.snapshot(), memory=3).save(tmp_path / "x.state")
+        with pytest.raises(CorruptState, match="contradicts"):
+            session.load_state(tmp_path / "x.state")
+
+
+def test_bytes_of_the_state_count_the_memory(tmp_path):
+    prompt, answer, _ = golden("t5")
+    row = 3 * 2 * 2 * 16 * 4  # layers, k and v, heads, width, float32
+    with exported_to(tmp_path, "t5").session() as session:
+        session.start(prompt)
+        assert session.state_bytes == row * len(prompt)
+        session.prefill(answer[:5])
+        assert session.state_bytes == row * (len(prompt) + 5)
+        session.reset()
+        assert session.state_bytes == 0
+
+
+def test_what_an_encoder_decoder_cannot_do_is_said(tmp_path):
+    prompt, answer, _ = golden("t5")
+    with exported_to(tmp_path, "t5").session() as session:
+        for call in (lambda: session.prefill(answer), lambda: session.decode(3)):
+            with pytest.raises(UsageError, match="the encoder has read nothing"):
+                call()
+        with pytest.raises(UsageError, match="no beginning of one can be kept"):
+            session.cache_prompt(prompt.tolist())
+        session.start(prompt)
+        session.prefill(answer)
+        assert session.rewind(3)  # a decoder's own tokens can be cut
+        session.reset()
+        with pytest.raises(UsageError, match="the encoder has read nothing"):
+            session.prefill(answer)
+
+
+def test_a_long_prompt_takes_no_room_of_the_context(tmp_path):
+    prompt, _, _ = golden("t5")
+    with exported_to(tmp_path, "t5").session(context=8) as session:
+        long = np.tile(prompt, 5).tolist()
+        assert len(list(session.generate_tokens(long, 20, ignore_eos=True))) == 8
+        assert session.finish_reason == "context"
+
+
+def test_a_bundle_from_export_to_check(tmp_path):
+    """Gate, golden vectors and manifest know the encoder."""
+    options = ExportOptions(plan=QuantPlan("f32"), tokenizer="none", workers=1)
+    source = _changed(tmp_path / "source", "flan-t5")
+    bundle = export(source, tmp_path / "bundle", options)
+    assert bundle.spec.decoder_start_id == 0
+    assert bundle.spec.stages["encode_text"].fills
+    assert bundle.manifest.gate.verdict == "passed"
+    assert check(tmp_path / "bundle", threads=1).ok
+
+
+def exported_to(folder, name, inputs="ids"):
+    return references.export(references.load(FOLDER / name), folder, inputs)
+
+
+def assert_close(actual, expected):
+    limit = CHUNK_TOLERANCE * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=limit)
 
 
 class _Numbers:
