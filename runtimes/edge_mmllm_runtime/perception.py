@@ -152,7 +152,8 @@ class Perception:
     def release(self, stage: str) -> bool:
         """See `Session.release`."""
         senses = self._spec.modalities.values()
-        names = sorted({n for m in senses for n in m.stages} | {"embed"} & set(self._spec.stages))
+        text = {"embed", "encode_text"} & set(self._spec.stages)
+        names = sorted({n for m in senses for n in m.stages} | text)
         if stage not in names:
             raise UsageError(
                 "there is no such stage to release", expected=", ".join(names), found=repr(stage)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import references
+from checkpoint_files import entry, safetensors_bytes
+from seeded import seeded
 
 from edge_mmllm.errors import CorruptState, TensorMismatch, UnsupportedArchitecture, UsageError
 from edge_mmllm_export.exporter import export
@@ -18,7 +20,10 @@ from edge_mmllm_export.ops.memory import RelativeBias
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Source, Weight
+from edge_mmllm_runtime import load
+from edge_mmllm_runtime.answer import AnswerSettings, run
 from edge_mmllm_runtime.check import check
+from edge_mmllm_runtime.continuation import StateFiles
 from edge_mmllm_runtime.sampling import Sampling
 
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "encoder_decoders"
@@ -211,6 +216,39 @@ def test_a_bundle_from_export_to_check(tmp_path):
     assert bundle.spec.stages["encode_text"].fills
     assert bundle.manifest.gate.verdict == "passed"
     assert check(tmp_path / "bundle", threads=1).ok
+
+
+def test_run_encodes_the_prompt_and_decodes_an_answer(tmp_path):
+    """From text to text, with a byte tokenizer; the stage gives its memory back."""
+    config = json.loads((FOLDER / "flan-t5" / "config.json").read_text()) | {"vocab_size": 300}
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = references.open_checkpoint(FOLDER / "flan-t5").tensors
+    header, data = {}, b""
+    for name, info in shapes.items():
+        shape = [300 if d == 96 else d for d in info.shape]
+        values = seeded(name, tuple(shape)).astype("<f4").tobytes()
+        header[name] = entry("F32", shape, len(data), len(data) + len(values))
+        data += values
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(header, data))
+    options = ExportOptions(plan=QuantPlan("f32"), tokenizer="bytes", workers=1)
+    export(folder, tmp_path / "bundle", options)
+    settings = AnswerSettings(max_new_tokens=8)
+    files = StateFiles(save=tmp_path / "x.state")
+    given = run(tmp_path / "bundle", "Hello there", settings, threads=1, files=files)
+    assert (given.prompt_tokens, given.new_tokens) == (11, 8)
+    files = StateFiles(load=tmp_path / "x.state")
+    with pytest.raises(UsageError, match="cannot read more of a prompt"):
+        run(tmp_path / "bundle", "More", settings, threads=1, files=files)
+    with load(tmp_path / "bundle", threads=1) as session:
+        text = "".join(session.generate("Hello there", max_new_tokens=8))
+        assert text == given.text
+        assert session.release("encode_text")
+        assert not session.release("encode_text")
+        assert "".join(session.generate("Hello there", max_new_tokens=8)) == text
+        both = session.generate_many(["Hello there", "Something else, longer"], max_new_tokens=8)
+        assert both[0] == text != both[1]
 
 
 def exported_to(folder, name, inputs="ids"):
