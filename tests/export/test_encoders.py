@@ -22,6 +22,7 @@ from edge_mmllm_export.models.clip import Clip
 from edge_mmllm_export.models.config import Fields
 from edge_mmllm_export.models.dinov2 import Dinov2
 from edge_mmllm_export.models.eva import Eva
+from edge_mmllm_export.models.mllama_vision import MllamaVision
 from edge_mmllm_export.models.qwen2_vl_vision import (
     PatchMerger,
     Qwen2VlVision,
@@ -73,6 +74,10 @@ def _mel(*frames):
 
 def _grid(name, *grid):
     return noise(name, int(np.prod(grid)), 96), np.array(grid)
+
+
+def _tiles(ratio, used):
+    return noise("tiles", 1, 1, 4, 3, 28, 28)[0, 0], np.array([ratio]), np.array([used])
 
 
 class _WithMerger:
@@ -133,6 +138,9 @@ CASES = {
     ),
     "qwen2-vl": Case("qwen2-vl", ("image",), _WithMerger, "visual.", _grid("image", 1, 4, 6)),
     "qwen2-vl-video": Case("qwen2-vl", ("video",), _WithMerger, "visual.", _grid("video", 2, 2, 4)),
+    "mllama-three": Case("mllama", ("three",), MllamaVision.from_config, "v.", _tiles(3, 3)),
+    "mllama-one": Case("mllama", ("one",), MllamaVision.from_config, "v.", _tiles(1, 1)),
+    "mllama-four": Case("mllama", ("four",), MllamaVision.from_config, "v.", _tiles(6, 4)),
 }
 
 
@@ -240,6 +248,7 @@ def test_only_what_the_features_need_is_read(tmp_path):
         ("qwen2-vl", {"num_heads": 32}, CheckpointError, "multiple of 4"),
         ("whisper", {"model_type": "moonshine"}, CheckpointError, "moonshine"),
         ("idefics3", {"image_size": 25 * 7}, UnsupportedArchitecture, "rounding of the machine"),
+        ("mllama-one", {"intermediate_layers_indices": [3]}, CheckpointError, "from 0 to 2"),
         ("dinov2", {"image_size": 6}, CheckpointError, "at least 7 pixels"),
     ],
 )

@@ -206,3 +206,18 @@ def test_rotary_over_a_grid_in_squares(both):
     turned = (x[token, 16:24] + 1j * x[token, 24:32]) * np.exp(1j * angle)
     np.testing.assert_allclose(y[token, 16:24], turned.real, atol=1e-5)
     np.testing.assert_allclose(y[token, 24:32], turned.imag, atol=1e-5)
+
+
+def test_rows_of_tiles(both):
+    """Cut at a number known at run time, unfolded, repeated and filled up."""
+    x = _random(6, 4)
+
+    def forward(op, x, count):
+        first, rest = op.split_rows(x, count, 2)
+        return op.concat_rows(op.unfold_rows(rest, 2), op.repeat_rows(op.unfold_rows(first, 2), 3))
+
+    y = _same(both(forward, x, np.array([2])))
+    np.testing.assert_array_equal(y[:4], x[4:].reshape(4, 2))
+    np.testing.assert_array_equal(y[4:7], np.tile(x[0, :2], (3, 1)))
+    zeros = _same(both(lambda op, x: op.concat_rows(x, op.zeros(2, 4)), x))
+    np.testing.assert_array_equal(zeros[6:], np.zeros((2, 4)))

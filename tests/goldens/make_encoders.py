@@ -110,6 +110,17 @@ def qwen2_vl(model: Any) -> Outputs:
     return out
 
 
+def mllama(model: Any) -> Outputs:
+    """A picture of 1 x 3 tiles (the third shape), and one of a single tile."""
+    out = {}
+    for name, ratio, used in (("three", 3, 3), ("one", 1, 1), ("four", 6, 4)):
+        tiles = torch.from_numpy(encoder_files.noise("tiles", 1, 1, 4, 3, 28, 28))
+        mask = (torch.arange(4) < used).long()[None, None]
+        y = model(tiles, torch.tensor([[ratio]]), mask).last_hidden_state
+        out[name] = y[0, 0, :used].reshape(-1, y.shape[-1])
+    return out
+
+
 CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Outputs]]] = {
     "clip": (
         lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)),
@@ -166,6 +177,22 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Outputs]]] = {
             )
         ),
         qwen2_vl,
+    ),
+    "mllama": (
+        lambda: transformers.MllamaVisionModel(
+            transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=3,
+                num_global_layers=2,
+                attention_heads=3,
+                image_size=28,
+                patch_size=7,
+                intermediate_layers_indices=[0, 2],
+                vision_output_dim=144,
+            )
+        ),
+        mllama,
     ),
 }
 

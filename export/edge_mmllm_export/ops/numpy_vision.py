@@ -15,14 +15,14 @@ Array = NDArray[Any]
 class NumpyVision:
     """The part of `NumpyOps` that encoders and projectors use."""
 
-    def patches(self, pixels: Array, shape: tuple[int, int, int], size: int) -> Array:
-        channels, height, width = shape
+    def patches(self, pixels: Array, shape: tuple[int, ...], size: int) -> Array:
         if pixels.shape != shape:
             raise ValueError(f"pixels are {pixels.shape}, not {shape}")
+        channels, height, width = shape[-3:]
         rows, columns = height // size, width // size
-        whole = pixels[:, : rows * size, : columns * size]
-        squares = whole.reshape(channels, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
-        return np.ascontiguousarray(squares).reshape(rows * columns, -1)
+        whole = pixels.reshape(-1, *shape[-3:])[..., : rows * size, : columns * size]
+        squares = whole.reshape(-1, channels, rows, size, columns, size)
+        return squares.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
 
     def input_rows(self, x: Array, width: int, *, transposed: bool = False) -> Array:
         return np.ascontiguousarray(x.T if transposed else x).reshape(-1, width)
@@ -45,11 +45,24 @@ class NumpyVision:
     def first_rows(self, x: Array, count: Array, stride: int = 1) -> Array:
         return x[: -(-int(count[0]) // stride)]
 
+    def split_rows(self, x: Array, count: Array, each: int) -> tuple[Array, Array]:
+        at = int(count[0]) * each
+        return x[:at], x[at:]
+
+    def repeat_rows(self, x: Array, times: int) -> Array:
+        return np.repeat(x, times, axis=0)
+
+    def zeros(self, rows: int, width: int) -> Array:
+        return np.zeros((rows, width), np.float32)
+
     def concat(self, *x: Array) -> Array:
         return np.concatenate(x, axis=-1)
 
     def fold_rows(self, x: Array, count: int) -> Array:
         return x.reshape(-1, count * x.shape[1])
+
+    def unfold_rows(self, x: Array, count: int) -> Array:
+        return x.reshape(-1, x.shape[1] // count)
 
     def average_rows(self, x: Array, count: int) -> Array:
         whole = x[: len(x) // count * count]

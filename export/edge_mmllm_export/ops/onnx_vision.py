@@ -34,16 +34,17 @@ class _Builder(Protocol):
 class OnnxVision:
     """The part of `OnnxOps` that encoders and projectors use."""
 
-    def patches(self: _Builder, pixels: Value, shape: tuple[int, int, int], size: int) -> Value:
-        g, (channels, height, width) = self.graph, shape
+    def patches(self: _Builder, pixels: Value, shape: tuple[int, ...], size: int) -> Value:
+        g, (channels, height, width) = self.graph, shape[-3:]
         rows, columns, x = height // size, width // size, pixels.name
         if height % size or width % size:
             ends = g.ints(rows * size, columns * size)
-            x = g.node("Slice", [x, g.ints(0, 0), ends, g.ints(1, 2)])[0]
-        squares = g.node("Reshape", [x, g.ints(channels, rows, size, columns, size)])[0]
-        squares = g.node("Transpose", [squares], perm=[1, 3, 0, 2, 4])[0]
+            x = g.node("Slice", [x, g.ints(0, 0), ends, g.ints(-2, -1)])[0]
+        tiles = shape[0] if len(shape) > 3 else 1
+        squares = g.node("Reshape", [x, g.ints(tiles, channels, rows, size, columns, size)])[0]
+        squares = g.node("Transpose", [squares], perm=[0, 2, 4, 1, 3, 5])[0]
         flat = channels * size * size
-        return Value(g.node("Reshape", [squares, g.ints(1, rows * columns, flat)])[0], flat)
+        return Value(g.node("Reshape", [squares, g.ints(1, -1, flat)])[0], flat)
 
     def input_rows(self: _Builder, x: Value, width: int, *, transposed: bool = False) -> Value:
         g, name = self.graph, x.name
@@ -88,6 +89,23 @@ class OnnxVision:
             end = g.node("Div", [end, g.ints(stride)])[0]
         return Value(g.node("Slice", [self._use(x), g.ints(0), end, g.ints(1)])[0], x.width)
 
+    def split_rows(self: _Builder, x: Value, count: Value, each: int) -> tuple[Value, Value]:
+        g, name = self.graph, self._use(x)
+        at = g.node("Mul", [count.name, g.ints(each)])[0]
+        first = g.node("Slice", [name, g.ints(0), at, g.ints(1)])[0]
+        rest = g.node("Slice", [name, at, g.ints(_END), g.ints(1)])[0]
+        return Value(first, x.width), Value(rest, x.width)
+
+    def repeat_rows(self: _Builder, x: Value, times: int) -> Value:
+        g = self.graph
+        apart = g.node("Reshape", [self._use(x), g.ints(-1, 1, x.width)])[0]
+        copies = g.node("Expand", [apart, g.ints(1, times, 1)])[0]
+        return Value(g.node("Reshape", [copies, g.ints(1, -1, x.width)])[0], x.width)
+
+    def zeros(self: _Builder, rows: int, width: int) -> Value:
+        g = self.graph
+        return Value(g.node("ConstantOfShape", [g.ints(1, rows, width)])[0], width)
+
     def concat(self: _Builder, *x: Value) -> Value:
         names = [self._use(v) for v in x]
         return Value(self.graph.node("Concat", names, axis=2)[0], sum(v.width for v in x))
@@ -95,6 +113,10 @@ class OnnxVision:
     def fold_rows(self: _Builder, x: Value, count: int) -> Value:
         g, flat = self.graph, x.width * count
         return Value(g.node("Reshape", [self._use(x), g.ints(1, -1, flat)])[0], flat)
+
+    def unfold_rows(self: _Builder, x: Value, count: int) -> Value:
+        g, width = self.graph, x.width // count
+        return Value(g.node("Reshape", [self._use(x), g.ints(1, -1, width)])[0], width)
 
     def average_rows(self: _Builder, x: Value, count: int) -> Value:
         g, name = self.graph, self._use(x)

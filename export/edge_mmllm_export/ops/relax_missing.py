@@ -57,7 +57,7 @@ class MissingOps(Generic[T]):
     def wkv7(self, x: Wkv7[T], w: Wkv7Weights, state: StateSpec) -> tuple[T, T]:
         _missing("wkv7")
 
-    def patches(self, pixels: T, shape: tuple[int, int, int], size: int) -> T:
+    def patches(self, pixels: T, shape: tuple[int, ...], size: int) -> T:
         _missing("patches")
 
     def input_rows(self, x: T, width: int, *, transposed: bool = False) -> T:
@@ -78,11 +78,23 @@ class MissingOps(Generic[T]):
     def first_rows(self, x: T, count: T, stride: int = 1) -> T:
         _missing("first_rows")
 
+    def split_rows(self, x: T, count: T, each: int) -> tuple[T, T]:
+        _missing("split_rows")
+
+    def repeat_rows(self, x: T, times: int) -> T:
+        _missing("repeat_rows")
+
+    def zeros(self, rows: int, width: int) -> T:
+        _missing("zeros")
+
     def concat(self, *x: T) -> T:
         _missing("concat")
 
     def fold_rows(self, x: T, count: int) -> T:
         _missing("fold_rows")
+
+    def unfold_rows(self, x: T, count: int) -> T:
+        _missing("unfold_rows")
 
     def average_rows(self, x: T, count: int) -> T:
         _missing("average_rows")

@@ -19,11 +19,11 @@ T = TypeVar("T")
 class VisionOps(Protocol[T]):
     """Ops over whole images and recordings."""
 
-    def patches(self, pixels: T, shape: tuple[int, int, int], size: int) -> T:
-        """Pixels `(channels, height, width)` of this shape, cut into squares of `size`, row by
-        row: `(tokens, channels * size * size)`. What is left at the lower and right edge is
-        dropped, as a strided convolution does. A patch embedding is then `linear` with the
-        convolution's weight as it is stored."""
+    def patches(self, pixels: T, shape: tuple[int, ...], size: int) -> T:
+        """Pixels of shape `([tiles,] channels, height, width)`, cut into squares of `size`, row
+        by row, tile after tile: `(tokens, channels * size * size)`. What is left at the lower and
+        right edge is dropped, as a strided convolution does. A patch embedding is then `linear`
+        with the convolution's weight as it is stored."""
         ...
 
     def input_rows(self, x: T, width: int, *, transposed: bool = False) -> T:
@@ -53,12 +53,28 @@ class VisionOps(Protocol[T]):
         """The first `ceil(count / stride)` rows; count int64 `(1,)`, known at run time."""
         ...
 
+    def split_rows(self, x: T, count: T, each: int) -> tuple[T, T]:
+        """The first `count * each` rows, and the rest; count int64 `(1,)`, known at run time."""
+        ...
+
+    def repeat_rows(self, x: T, times: int) -> T:
+        """Each row so many times, one copy after another."""
+        ...
+
+    def zeros(self, rows: int, width: int) -> T:
+        """Rows of zeros."""
+        ...
+
     def concat(self, *x: T) -> T:
         """Side by side along the width."""
         ...
 
     def fold_rows(self, x: T, count: int) -> T:
         """Each `count` rows as one, side by side: `(seq / count, count * width)`."""
+        ...
+
+    def unfold_rows(self, x: T, count: int) -> T:
+        """Each row as `count` rows, one under another: `(seq * count, width / count)`."""
         ...
 
     def average_rows(self, x: T, count: int) -> T:
