@@ -116,7 +116,8 @@ def open_image(
     try:
         return to_rgb(picture, where, pixel_limit)
     finally:
-        picture.close()
+        if not hasattr(source, "read"):
+            picture.close()
 
 
 def open_undecoded(
@@ -193,7 +194,7 @@ def to_rgb(picture: Image.Image, where: str, pixel_limit: int = PIXEL_LIMIT) -> 
         return picture.copy()
     if mode.startswith("I"):
         return _from_deep(picture, where)
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         try:
             picture = picture.convert("RGBA")
         except DAMAGED as error:
@@ -261,8 +262,8 @@ def _file(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[BinaryIO, 
             found=type(source).__name__,
         )
     name = getattr(source, "name", "file")
-    if not (hasattr(source, "seekable") and source.seekable()):
-        return io.BytesIO(source.read()), str(name)
+    if not (hasattr(source, "seekable") and source.seekable()) or source.tell():
+        return io.BytesIO(source.read()), str(name)  # Pillow reads from offset 0
     return source, str(name)
 
 

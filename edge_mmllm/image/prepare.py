@@ -1,9 +1,12 @@
 """From a picture to the float32 tiles or patches an encoder takes.
 
-Resizing is Pillow's on 8-bit RGB, as in the processors that transformers 5 calls "pil"; their
-"torchvision" twins differ from them by one level of 255 here and there. Rescaling and
-normalising go through a table of 256 entries a channel, computed as those processors compute
-each pixel, so the result is theirs to the bit.
+Resizing is Pillow's on 8-bit RGB, as in the processors that transformers 5 calls "pil": with the
+same Pillow, the result is theirs to the bit. Pillow 13 filters the axis first that leaves less to
+do; Pillow before it, and the "torchvision" processors, go along the rows first. With filters that
+overshoot (bicubic, Lanczos) that moves single values beside hard edges, mostly by one level.
+
+Rescaling and normalising go through a table of 256 entries a channel, computed as those
+processors compute each pixel.
 """
 
 from __future__ import annotations
@@ -260,8 +263,8 @@ def _resize(picture: Image.Image, size: Size, resample: int) -> Image.Image:
 def _resize_cropped(picture: Image.Image, size: Size, crop: Size, resample: int) -> Image.Image:
     """As `_cropped(_resize(...))`, computing only what the crop keeps (1 x N pictures).
 
-    The filter still sees the pixels around the crop; Pillow keeps the box in float32, so a
-    pixel may differ from the full resize by a rounding.
+    The filter still sees the pixels around the crop. Pillow may take its two passes in the other
+    order, with what that entails (see the module's docstring).
     """
     from PIL import Image
 

@@ -150,7 +150,8 @@ def _animation(
             "the video is damaged or cut short", where=where, found=str(error)
         ) from error
     finally:
-        file.close()
+        if not hasattr(source, "read"):
+            file.close()
 
 
 def _speed(file: Image.Image, total: int) -> float | None:

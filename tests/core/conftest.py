@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from edge_mmllm.bundle import (
     source_hash,
 )
 from edge_mmllm.spec import CAPACITY, ModelSpec, Stage, StateSpec, TextSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 #: Writes the sample bundle to a path; `force` as in BundleWriter; `salt` changes golden.npz.
 WriteSample = Callable[..., Bundle]
