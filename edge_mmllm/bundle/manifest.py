@@ -125,6 +125,21 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class GoldenMedia:
+    """Golden vectors of one modality: what the model says about a sample.
+
+    Attributes:
+        modality: e.g. `image`.
+        vectors: a file as `golden.npz`; its ids hold a placeholder's id for each row.
+        media: the sample's file.
+    """
+
+    modality: str
+    vectors: str
+    media: str
+
+
+@dataclass(frozen=True)
 class ExportRecord:
     """How the bundle was made.
 
@@ -151,6 +166,7 @@ class Manifest:
         engine_format: what the engine needs to know of the artefact, e.g. `{"opset": 21}`.
         files: every file but the manifest itself; filled in by `BundleWriter.commit`.
         golden: file with the golden vectors, or None.
+        golden_media: those of the modalities.
     """
 
     engine: Engine
@@ -161,6 +177,7 @@ class Manifest:
     gate: Gate
     export: ExportRecord
     golden: str | None = None
+    golden_media: tuple[GoldenMedia, ...] = ()
     files: tuple[FileEntry, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -191,12 +208,16 @@ class Manifest:
             gate=_gate(fields.child("gate")),
             export=_export(fields.child("export")),
             golden=fields.maybe_text("golden"),
+            golden_media=_golden_media(fields),
             files=_files(fields),
         )
         listed = {entry.path for entry in manifest.files}
         needed = {f"model.stages.{n}.file": s.file for n, s in manifest.model.stages.items()}
         if manifest.golden is not None:
             needed["golden"] = manifest.golden
+        for i, entry in enumerate(manifest.golden_media):
+            needed[f"golden_media[{i}].vectors"] = entry.vectors
+            needed[f"golden_media[{i}].media"] = entry.media
         if manifest.model.text.tokenizer in TOKENIZER_FILES:
             needed["model.text.tokenizer"] = TOKENIZER_FILES[manifest.model.text.tokenizer]
         for name, path in needed.items():
@@ -285,6 +306,15 @@ def _quantization(fields: Fields) -> Quantization:
 def _gate(fields: Fields) -> Gate:
     verdict = cast(Verdict, fields.one_of("verdict", get_args(Verdict)))
     return Gate(verdict, fields.mapping("figures"))
+
+
+def _golden_media(fields: Fields) -> tuple[GoldenMedia, ...]:
+    if "golden_media" not in fields.value:
+        return ()
+    return tuple(
+        GoldenMedia(f.text("modality"), f.text("vectors"), f.text("media"))
+        for f in fields.children("golden_media")
+    )
 
 
 def _export(fields: Fields) -> ExportRecord:

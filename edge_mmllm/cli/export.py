@@ -18,6 +18,7 @@ from edge_mmllm.cli._options import (
 )
 from edge_mmllm.cli._output import emit, grid, progress_bars, size_text, table
 from edge_mmllm.errors import UsageError
+from edge_mmllm.modality import MODALITIES
 
 if TYPE_CHECKING:
     from edge_mmllm.bundle import Bundle, QuantGroup
@@ -49,6 +50,14 @@ LATER_FORMATS = ("gguf", "mlc")
     help="Embedding and head; default: int8 with --quant int4, else as --quant.",
 )  # fmt: skip
 @click.option(
+    "--encoder-quant", type=click.Choice(QUANT_NAMES),
+    help="Encoders of pictures and sounds; default: int8 with --quant int4, else as --quant.",
+)  # fmt: skip
+@click.option(
+    "--projector-quant", type=click.Choice(QUANT_NAMES),
+    help="Their projectors; default: f16 with --quant int8 or int4, else as --quant.",
+)  # fmt: skip
+@click.option(
     "--override", "overrides", multiple=True, metavar="PATTERN=SCHEME",
     help="Another scheme for some tensors, e.g. 'layers.0.*=int8'. May be given again.",
 )  # fmt: skip
@@ -62,6 +71,7 @@ LATER_FORMATS = ("gguf", "mlc")
     metavar="PATH|bytes|none",
     help="Instead of the checkpoint's own tokenizer (tokenizer.json, rwkv_vocab*.txt).",
 )
+@click.option("--lora", metavar="DIR", help="Merge a LoRA adapter in (PEFT layout).")
 @click.option("--gate", type=click.Choice(("on", "off")), default="on", show_default=True,
               help="Judge the result against the checkpoint in float32.")  # fmt: skip
 @click.option("--gate-text", metavar="FILE", help="Text to judge by; default: a built-in one.")
@@ -83,7 +93,9 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("Missing option '--out'.", ctx)
     from edge_mmllm_export import exporter  # noqa: TID251
 
-    options = _options(given, recorded_command(ctx, ("source", "out", "tokenizer", "gate_text")))
+    options = _options(
+        given, recorded_command(ctx, ("source", "out", "tokenizer", "gate_text", "lora"))
+    )
     source, as_json = given["source"], given["as_json"]
     if given["dry_run"]:
         plan = exporter.plan_export(source, options)
@@ -124,12 +136,15 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
         zero=given["zero"],
         embedding=given["embedding_quant"],
         overrides=tuple(parse_override(text) for text in given["overrides"]),
+        encoder=given["encoder_quant"],
+        projector=given["projector_quant"],
     )
     return ExportOptions(
         plan=plan,
         inputs=given["inputs"],
         context=given["context"],
         tokenizer=given["tokenizer"],
+        lora=given["lora"],
         gate=given["gate"] == "on",
         gate_text=given["gate_text"],
         accept_quality_loss=given["accept_quality_loss"],
@@ -206,10 +221,14 @@ _FIGURES = {
 def gate_rows(verdict: str, figures: dict[str, Any]) -> list[tuple[str, object]]:
     """The gate's verdict and main figures, for `table`."""
     rows: list[tuple[str, object]] = [("quality gate", verdict)]
-    for name, form in _FIGURES.items():
-        value = figures.get(name)
-        if isinstance(value, (int, float)):
-            rows.append((f"  {name}", form.format(value)))
+    for of in ("", *MODALITIES):
+        found = figures.get(of) if of else figures
+        if not isinstance(found, dict):
+            continue
+        for name, form in _FIGURES.items():
+            value = found.get(name)
+            if isinstance(value, (int, float)):
+                rows.append((f"  {of} {name}" if of else f"  {name}", form.format(value)))
     broken = figures.get("breaches")
     if isinstance(broken, list) and broken:
         rows.append(("  breaches", "; ".join(map(str, broken))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from edge_mmllm.cli._options import json_option
 from edge_mmllm.cli._output import emit, grid, size_text, table
 from edge_mmllm.cli.export import gate_rows
 from edge_mmllm.errors import UsageError
+from edge_mmllm.modality import SLOTS, Component
 
 if TYPE_CHECKING:
     from edge_mmllm.inspection import BundleReport, StateReport
-    from edge_mmllm.spec import TextSpec
+    from edge_mmllm.spec import ModelSpec, TextSpec
     from edge_mmllm_export.inspection import CheckpointReport, TensorRow  # noqa: TID251
 
 
@@ -88,6 +90,30 @@ def _show_tensors(tensors: tuple[TensorRow, ...] | None) -> None:
         grid(("tensor", "shape", "type", "size", "role", "used as"), rows)
 
 
+def _component_rows(components: Sequence[Component]) -> list[tuple[str, object]]:
+    """Every slot of a multimodal model, filled or not."""
+    if not components:
+        return []
+    rows: list[tuple[str, object]] = []
+    for slot in SLOTS:
+        filled = [
+            f"{c.name}{f' ({c.modality})' if c.modality else ''}, {c.parameters:,} parameters"
+            for c in components
+            if c.slot == slot
+        ]
+        rows.append((slot.replace("_", " "), "; ".join(filled) or "none"))
+    return rows
+
+
+def _modality_rows(spec: ModelSpec) -> list[tuple[str, object]]:
+    """How each modality stands in a prompt."""
+    rows: list[tuple[str, object]] = []
+    for name, m in spec.modalities.items():
+        count = f"{m.tokens} tokens a tile" if m.tokens else "tokens by size"
+        rows.append((name, f"{m.placeholder!r}: {count}, layout {m.layout.get('kind')}"))
+    return rows
+
+
 def _text_row(text: TextSpec) -> tuple[str, object]:
     template = "a chat template" if text.chat_template is not None else "no chat template"
     ends = ", ".join(map(str, text.eos_ids)) or "none"
@@ -113,6 +139,7 @@ def _show_checkpoint(report: CheckpointReport, tensors: tuple[TensorRow, ...] | 
         ("layout", f"{report.layout}, {len(report.files)} weight file(s)"),
         ("tensors", f"{len(report.tensors)}, {size_text(report.size_bytes)}"),
         ("stored as", ", ".join(f"{k}: {size_text(v)}" for k, v in report.bytes_by_dtype.items())),
+        *_component_rows(report.components),
         ("parameters", f"{report.parameters:,}"),
     ]
     if report.sizes is not None:
@@ -136,6 +163,8 @@ def _show_bundle(report: BundleReport, tensors: tuple[TensorRow, ...] | None) ->
         ("engine", manifest.engine),
         ("architecture", model.architecture),
         ("source", f"{manifest.source.name} ({manifest.source.layout})"),
+        *_component_rows(model.components),
+        *_modality_rows(model),
         ("parameters", f"{model.parameters:,}"),
         ("quantization", f"{quantization.scheme}, "
          f"{quantization.bits_per_weight:.2f} bits per weight"),

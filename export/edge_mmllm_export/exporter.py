@@ -24,6 +24,7 @@ from edge_mmllm.bundle import (
     BundleWriter,
     ExportRecord,
     Gate,
+    GoldenMedia,
     Manifest,
     Quantization,
     SourceFile,
@@ -147,10 +148,12 @@ def _judged(
             plan=options.plan,
             context=options.context,
             text=options.gate_text,
+            lora=options.lora,
             threads=job.workers,
         )
     )
     broken = figures["breaches"]
+    media = tuple(GoldenMedia(**record) for record in figures.pop("golden_media"))
     if broken and not options.accept_quality_loss:
         raise QualityGateFailed(
             "the exported model disagrees with the checkpoint",
@@ -160,7 +163,7 @@ def _judged(
             "--accept-quality-loss",
         )
     gate = Gate("failed-accepted" if broken else "passed", figures)
-    return replace(manifest, gate=gate, golden=GOLDEN_FILE)
+    return replace(manifest, gate=gate, golden=GOLDEN_FILE, golden_media=media)
 
 
 def _blame(figures: dict[str, Any]) -> str:
@@ -173,7 +176,9 @@ def _blame(figures: dict[str, Any]) -> str:
 
 
 def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
-    checkpoint = open_checkpoint(Path(source) if isinstance(source, os.PathLike) else source)
+    checkpoint = open_checkpoint(
+        Path(source) if isinstance(source, os.PathLike) else source, options.lora
+    )
     model = build(checkpoint, options.context)
     if options.context is not None and (
         options.context < 1 or options.context > (model.context_length or options.context)

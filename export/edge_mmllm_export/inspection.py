@@ -12,8 +12,10 @@ from typing import Any
 from edge_mmllm.bundle import open_bundle
 from edge_mmllm.errors import CheckpointError, CorruptBundle
 from edge_mmllm.inspection import StateReport
+from edge_mmllm.modality import Component
 from edge_mmllm.spec import TextSpec
 from edge_mmllm_export.checkpoints import Checkpoint, open_checkpoint
+from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.models import architecture_name, build
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.weights import Parameter, bind
@@ -60,6 +62,7 @@ class CheckpointReport:
         problem: why this release cannot export it; None where it can.
         bytes_by_dtype: stored type -> bytes.
         parameters: of the model, or of all tensors where the architecture is unknown.
+        components: the filled slots of a multimodal model.
         sizes: vocab, hidden, layers and context, of a supported architecture.
     """
 
@@ -76,6 +79,7 @@ class CheckpointReport:
     state: StateReport | None
     text: TextSpec | None
     tensors: tuple[TensorRow, ...]
+    components: tuple[Component, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; `tensors` is their number."""
@@ -137,6 +141,7 @@ def _report(checkpoint: Checkpoint) -> CheckpointReport:
         state=state,
         text=text,
         tensors=rows,
+        components=model.components() if isinstance(model, Composite) else (),
     )
 
 

@@ -30,6 +30,7 @@ class ExportOptions:
         context: longest context to support; None = the model's own, at most 32768.
         tokenizer: a `tokenizer.json`, an RWKV World vocabulary (`.txt`), `bytes`, `none`, or None
             for the checkpoint's own.
+        lora: folder of a LoRA adapter in PEFT layout, merged in.
         gate: judge the artefact before it becomes a bundle.
         accept_quality_loss: keep a bundle that failed the gate, marked as such.
         max_ram: bytes the export may use; refused up front where it would not do.
@@ -40,6 +41,7 @@ class ExportOptions:
     inputs: Inputs = "ids"
     context: int | None = None
     tokenizer: str | None = None
+    lora: str | None = None
     gate: bool = True
     gate_text: str | None = None
     accept_quality_loss: bool = False

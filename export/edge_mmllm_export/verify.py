@@ -13,15 +13,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm._children import python_command
+from edge_mmllm.bundle import GoldenMedia
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
+from edge_mmllm_export import verify_media
+from edge_mmllm_export.families.composite import Composite
+from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.quantize.schemes import F32, QuantPlan, Scheme
+from edge_mmllm_export.weights import Weight
+from edge_mmllm_runtime.divergence import divergence
+from edge_mmllm_runtime.perception import Perception
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.prompted import Prompted
+    from edge_mmllm_runtime.session import Session
 
 Int64 = NDArray[np.int64]
 
@@ -78,6 +90,7 @@ class Request:
     context: int | None
     text: str | None
     threads: int
+    lora: str | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Request:
@@ -188,12 +201,10 @@ def run(request: Request) -> dict[str, Any]:
     from edge_mmllm.profiling.memory import peak_rss_bytes
     from edge_mmllm_export.checkpoints import open_checkpoint
     from edge_mmllm_export.models import build
-    from edge_mmllm_export.oracle import Oracle
-    from edge_mmllm_export.weights import Parameter, Weight, as_stored, bind
+    from edge_mmllm_export.weights import Parameter, as_stored, bind
     from edge_mmllm_runtime import load
-    from edge_mmllm_runtime.divergence import divergence
 
-    checkpoint = open_checkpoint(request.source)
+    checkpoint = open_checkpoint(request.source, request.lora)
     model = build(checkpoint, request.context)
 
     def bind_weights(schemes: Callable[[Parameter], Scheme]) -> dict[str, Weight]:
@@ -201,39 +212,128 @@ def run(request: Request) -> dict[str, Any]:
         return bind(checkpoint, model.parameters(), sources, ignored=ignored, schemes=schemes)
 
     weights = bind_weights(lambda _: F32)
+    scheme = plan_scheme(request.plan)
+    stored = weights if scheme == "f32" else as_stored(bind_weights(request.plan.of))
     limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
+    judged: list[_Judged] = []
     with load(request.bundle, threads=request.threads, context=None) as session:
         encode = None if session.spec.text.tokenizer == "none" else session.text.encode
         ids, text = gate_tokens(encode, model.vocab_size, limit, request.text)
         session.start(ids)
         candidate = session.prefill(ids, logits="all")
-    reference = Oracle(model, weights).answer(ids)
+        if isinstance(model, Composite):
+            judged = _media(session, model, weights, stored, ids, Path(request.bundle))
+    oracle = Oracle(model, weights)
+    reference = oracle.answer(ids)
     targets = np.append(ids[1:], -1)
     figures: dict[str, Any] = divergence(reference, candidate, targets).figures()
-    scheme = plan_scheme(request.plan)
     # Whose doing: the numbers stored, or what the engine makes of them?
-    exact = reference
-    if scheme != "f32":
-        exact = Oracle(model, as_stored(bind_weights(request.plan.of))).answer(ids)
+    exact = reference if stored is weights else Oracle(model, stored).answer(ids)
     figures["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
     figures["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
     broken = breaches(figures, thresholds(scheme))
     _write_golden(Path(request.bundle) / "golden.npz", ids, candidate)
+    for one in judged:
+        own = one.figures()
+        figures[one.name] = _finite(own)
+        broken += [f"{one.name}: {words}" for words in breaches(own, thresholds(scheme))]
+        _write_golden(Path(request.bundle) / one.record.vectors, one.ids, one.candidate, one.start)
+    figures["golden_media"] = [asdict(one.record) for one in judged]
     # Strict JSON knows no infinity; what is not finite is among the breaches.
-    figures = {k: v if v is None or np.isfinite(v) else None for k, v in figures.items()}
-    figures |= {"text": text, "scheme": scheme, "breaches": broken}
+    figures = _finite(figures) | {"text": text, "scheme": scheme, "breaches": broken}
     return {**figures, "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _write_golden(path: Path, ids: Int64, logits: NDArray[np.float32]) -> None:
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in figures.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What artefact and oracle say about a sample of one modality.
+
+    Attributes:
+        ids: with placeholder ids where rows stand.
+        start: the first position that counts.
+        record: the files of the golden vectors.
+        candidate: of all positions, by the engine.
+        prompts: the same prompt over the oracle's features, with the weights they and the
+            decoder are computed from: the checkpoint's, then as stored.
+    """
+
+    name: str
+    ids: Int64
+    start: int
+    record: GoldenMedia
+    candidate: NDArray[np.float32]
+    model: Composite
+    prompts: tuple[tuple[dict[str, Weight], Prompted], ...]
+
+    def figures(self) -> dict[str, Any]:
+        """The divergences; runs the oracle."""
+        (weights, prompt), (stored, own_prompt) = self.prompts
+        reference = verify_media.oracle_logits(self.model, weights, prompt)[self.start :]
+        exact = reference
+        if stored is not weights:
+            exact = verify_media.oracle_logits(self.model, stored, own_prompt)[self.start :]
+        candidate = self.candidate[self.start :]
+        targets = np.append(self.ids[self.start + 1 :], -1)
+        out: dict[str, Any] = divergence(reference, candidate, targets).figures()
+        out["kl_mean_of_stored_weights"] = divergence(reference, exact).kl_mean
+        out["kl_mean_of_engine"] = divergence(exact, candidate).kl_mean
+        return out
+
+
+def _media(
+    session: Session,
+    model: Composite,
+    weights: dict[str, Weight],
+    stored: dict[str, Weight],
+    text: Int64,
+    folder: Path,
+) -> list[_Judged]:
+    """The artefact's answers about a sample of each modality; the sample goes into the bundle."""
+    out = []
+    own = session.perception
+    for name in session.spec.modalities:
+        if name not in verify_media.SAMPLES:
+            continue
+        suffix, make = verify_media.SAMPLES[name]
+        record = GoldenMedia(name, f"golden_{name}.npz", f"golden_{name}{suffix}")
+        path = folder / record.media
+        path.write_bytes(make())
+        limit = model.context_length or 1 << 20
+        ids = verify_media.media_ids(session, name, path, text, limit)
+        session.reset()
+        candidate = session.prefill(session.encode(ids, {name: [path]}), logits="all")
+        prompts = []
+        for bound in (weights, stored):
+            stages = verify_media.OracleStages(model, bound)
+            session.perception = Perception(partial(_same, stages), session.spec)
+            prompts.append((bound, session.encode(ids, {name: [path]})))
+        session.perception = own
+
+        start = verify_media.answers_from(prompts[0][1])
+        out.append(_Judged(name, ids, start, record, candidate, model, tuple(prompts)))
+    return out
+
+
+def _same(stages: Any) -> Any:
+    return stages
+
+
+def _write_golden(path: Path, ids: Int64, logits: NDArray[np.float32], start: int = 0) -> None:
     """Inputs with the artefact's own answers, for `edge-mmllm check` on the device.
 
     Arrays: `ids` int64 `(n,)`; `top1` int32 `(n,)`; `margin` float32 `(n,)`, best minus second
     best logit; `rows` int64 `(r,)` and `logits` float16 `(r, vocab)`, those rows less their
-    maximum.
+    maximum. What the model says before `start` does not matter: no row, a margin of 0.
     """
     best_two = np.partition(logits, -2, axis=-1)[:, -2:]
-    rows = np.unique(np.linspace(0, len(ids) - 1, GOLDEN_ROWS).astype(np.int64))
+    best_two[:start] = 0
+    rows = np.unique(np.linspace(start, len(ids) - 1, GOLDEN_ROWS).astype(np.int64))
     kept = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
     np.savez_compressed(
         path,

@@ -13,6 +13,7 @@ from edge_mmllm_runtime import load
 from edge_mmllm_runtime.divergence import CLEAR_MARGIN, divergence
 from edge_mmllm_runtime.engine import Float32, Int64
 from edge_mmllm_runtime.golden import Golden, read_golden
+from edge_mmllm_runtime.placing import Media
 from edge_mmllm_runtime.session import Session
 
 #: Tokens read one by one in the second pass: enough for two stored rows of an export's eight.
@@ -45,7 +46,8 @@ class Pass:
     """One way to read the golden tokens.
 
     Attributes:
-        name: `prefill` (all at once) or `decode` (the last ones token by token).
+        name: `prefill` (all at once) or `decode` (the last ones token by token); after a
+            modality's name where a sample of it stands in the prompt.
         positions: compared by their best token.
         clear_positions: of those, where the stored margin is at least `CLEAR_MARGIN`.
         top1_agreement_clear: share of the clear ones with the same best token; None without one.
@@ -121,6 +123,10 @@ def check(path: str | os.PathLike[str], threads: int | None = None) -> CheckRepo
     with load(path, threads=threads) as session:
         golden = read_golden(bundle.file(bundle.manifest.golden), session.spec.vocab_size)
         passes = run_golden(session, golden, limits(bundle))
+        for entry in bundle.manifest.golden_media:
+            own = read_golden(bundle.file(entry.vectors), session.spec.vocab_size)
+            media = {entry.modality: [bundle.file(entry.media)]}
+            passes += run_golden(session, own, limits(bundle), media)
         return _report(bundle, verification.extra, (), passes=passes, session=session)
 
 
@@ -130,22 +136,29 @@ def limits(bundle: Bundle) -> Limits:
     return QUANTIZED_LIMITS if quantized else FLOAT_LIMITS
 
 
-def run_golden(session: Session, golden: Golden, allowed: Limits) -> tuple[Pass, ...]:
+def run_golden(
+    session: Session, golden: Golden, allowed: Limits, media: Media | None = None
+) -> tuple[Pass, ...]:
     """Both passes over the golden vectors.
+
+    Args:
+        media: modality -> what stands at the placeholder ids.
 
     Raises:
         ContextFull: they have more tokens than the session's context.
+        UsageError: the placeholder ids are not as many as the rows.
     """
-    n = len(golden.ids)
-    session.start(golden.ids)
-    whole = session.prefill(golden.ids, logits="all")
-    start = max(n - _STEPS, n // 2)
-    found = [_compare("prefill", golden, whole, 0, allowed)]
-    if start:
-        session.start(golden.ids)
-        session.prefill(golden.ids[:start])
+    n, of = len(golden.ids), "".join(f"{name} " for name in media or ())
+    prompt = session.encode(golden.ids, media)
+    session.start(prompt)
+    whole = session.prefill(prompt, logits="all")
+    start = max(n - _STEPS, n // 2, *(span.start + span.count for span in prompt.spans), 0)
+    found = [_compare(f"{of}prefill", golden, whole, 0, allowed)]
+    if 0 < start < n:
+        session.start(prompt)
+        session.prefill(prompt[:start])
         steps = np.stack([session.decode(int(token)) for token in golden.ids[start:]])
-        found.append(_compare("decode", golden, steps, start, allowed))
+        found.append(_compare(f"{of}decode", golden, steps, start, allowed))
     return tuple(found)
 
 

@@ -8,13 +8,13 @@ with edge_mmllm.load("smollm2.int4") as session:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime import generation
 from edge_mmllm_runtime.context import CHUNK, Context, Progress
-from edge_mmllm_runtime.engine import Engine
+from edge_mmllm_runtime.engine import Engine, Int64
 from edge_mmllm_runtime.generation import FinishReason, Prompt
 from edge_mmllm_runtime.placing import Media
 from edge_mmllm_runtime.prefixes import cache_prompt, sharing
@@ -159,13 +159,13 @@ class Session(Context):
             media=media,
         )
 
-    def encode(self, prompt: Prompt, media: Media | None = None) -> Prompted:
+    def encode(self, prompt: Prompt | Int64, media: Media | None = None) -> Prompted:
         """A prompt as `prefill` takes it, with pictures in their places.
 
         Raises:
             UsageError: see `generate`; no prompt.
         """
-        made = generation.encode_prompt(self, prompt, media)
+        made = generation.encode_prompt(self, cast("Prompt", prompt), media)
         if made is None:
             raise UsageError("there is no prompt", expected="text, messages or token ids")
         return made

@@ -78,6 +78,7 @@ def test_the_manifest_is_sorted_json(bundle: Bundle) -> None:
         "format_version",
         "gate",
         "golden",
+        "golden_media",
         "model",
         "quantization",
         "source",

@@ -22,16 +22,21 @@ _HUB_NAMES = (
 )
 
 
-def open_checkpoint(src: str | Path) -> Checkpoint:
+def open_checkpoint(src: str | Path, lora: str | Path | None = None) -> Checkpoint:
     """Opens a checkpoint; nothing but headers is read.
 
     Args:
         src: a directory in hub layout (`model.safetensors` or `pytorch_model.bin`, or their
             `.index.json` with shards), a directory with exactly one weight file of another name,
             a weight file (`.safetensors`, `.pth`, `.pt`, `.bin`, `.gguf`), or a hub id `org/name`.
+        lora: folder of a LoRA adapter to merge in (see `lora.py`).
 
     Raises: CheckpointError (absent, ambiguous, unreadable), MissingDependency.
     """
+    if lora is not None:
+        from .lora import LoraCheckpoint
+
+        return LoraCheckpoint(open_checkpoint(src), Path(lora))
     path = Path(src)
     if not path.exists():
         if isinstance(src, str) and is_hub_id(src):
