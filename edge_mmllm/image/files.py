@@ -13,6 +13,8 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -41,7 +43,8 @@ DAMAGED = (
     zlib.error,
 )
 
-_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
+#: What is read, in words.
+PICTURE_FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
 #: (offset, first bytes, Pillow's name of the format)
 _MAGIC = (
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -112,28 +115,25 @@ def open_image(
         return to_rgb(_from_array(source), "array", pixel_limit)
     if isinstance(source, Image.Image):
         return to_rgb(source, "picture", pixel_limit)
-    picture, where = open_undecoded(source, pixel_limit=pixel_limit)
-    try:
+    with open_undecoded(source, pixel_limit=pixel_limit) as (picture, where):
         return to_rgb(picture, where, pixel_limit)
-    finally:
-        if not hasattr(source, "read"):
-            picture.close()
 
 
+@contextmanager
 def open_undecoded(
     source: str | os.PathLike[str] | bytes | BinaryIO, *, pixel_limit: int = PIXEL_LIMIT
-) -> tuple[Image.Image, str]:
+) -> Iterator[tuple[Image.Image, str]]:
     """A Pillow picture of which only the header has been read, and its name for errors.
 
-    Close it when done. Raises as `open_image`.
+    Afterwards its file is closed, unless it was the caller's. Raises as `open_image`.
     """
     file, where = _file(source)
     try:
-        return _open(file, where, pixel_limit), where
-    except BaseException:
-        if not hasattr(source, "read"):
+        yield _open(file, where, pixel_limit), where
+    finally:
+        # Not Pillow's own close: some plugins forget the file once they have read it.
+        if file is not source:
             file.close()
-        raise
 
 
 def _open(file: BinaryIO, where: str, pixel_limit: int) -> Image.Image:
@@ -282,7 +282,7 @@ def _format(head: bytes, where: str) -> str:
     raise UnsupportedMedia(
         "this is not a picture that can be read",
         where=where,
-        expected=_READ,
+        expected=PICTURE_FORMATS,
         found=kinds[0] if kinds else "text" if text else f"a file that begins {head[:8].hex(' ')}",
         fix="convert it to PNG or JPEG",
     )

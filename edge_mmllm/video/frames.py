@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy.typing as npt
 
 from edge_mmllm.errors import CorruptMedia, MediaTooLarge, UnsupportedMedia, UsageError
-from edge_mmllm.image.files import DAMAGED, open_image, open_undecoded, to_rgb
+from edge_mmllm.image.files import DAMAGED, PICTURE_FORMATS, open_image, open_undecoded, to_rgb
 from edge_mmllm.video.settings import VideoSettings, frame_indices
 
 if TYPE_CHECKING:
@@ -109,8 +109,16 @@ def _animation(
     source: str | os.PathLike[str] | bytes | BinaryIO, settings: VideoSettings
 ) -> Frames:
     try:
-        file, where = open_undecoded(source, pixel_limit=settings.image.pixel_limit)
+        with open_undecoded(source, pixel_limit=settings.image.pixel_limit) as (file, where):
+            try:
+                return _decoded(file, where, settings)
+            except DAMAGED as error:
+                raise CorruptMedia(
+                    "the video is damaged or cut short", where=where, found=str(error)
+                ) from error
     except UnsupportedMedia as error:
+        if error.expected != PICTURE_FORMATS:
+            raise
         raise UnsupportedMedia(
             "this is not a video that can be read",
             where=error.where,
@@ -118,40 +126,35 @@ def _animation(
             found=error.found,
             fix="make frames of it: ffmpeg -i VIDEO -vf fps=2 FOLDER/%05d.jpg",
         ) from error
-    try:
-        if file.format not in _ANIMATED:
-            raise UnsupportedMedia(
-                "this is a picture, not a video",
-                where=where,
-                expected="an animated GIF, WebP or PNG, or a folder of pictures",
-                found=str(file.format),
-            )
-        total = int(getattr(file, "n_frames", 1))
-        _check_count(total, where, settings)
-        if total * file.width * file.height > _MOST_DECODED:
-            raise MediaTooLarge(
-                "the video is too large to decode",
-                where=where,
-                expected=f"at most {_MOST_DECODED} pixels in all its frames",
-                found=f"{total} frames of {file.width} x {file.height}",
-            )
-        fps = _speed(file, total)
-        indices = frame_indices(total, fps, settings.sampling)
-        opened: dict[int, Image.Image] = {}
-        pixels = 0
-        for index in sorted(set(indices)):
-            file.seek(index)
-            picture = to_rgb(file, where, settings.image.pixel_limit)
-            pixels = _check_frame(picture, opened, index, pixels, where, settings)
-            opened[index] = picture
-        return Frames(tuple(opened[i] for i in indices), indices, total, fps)
-    except DAMAGED as error:
-        raise CorruptMedia(
-            "the video is damaged or cut short", where=where, found=str(error)
-        ) from error
-    finally:
-        if not hasattr(source, "read"):
-            file.close()
+
+
+def _decoded(file: Image.Image, where: str, settings: VideoSettings) -> Frames:
+    if file.format not in _ANIMATED:
+        raise UnsupportedMedia(
+            "this is a picture, not a video",
+            where=where,
+            expected="an animated GIF, WebP or PNG, or a folder of pictures",
+            found=str(file.format),
+        )
+    total = int(getattr(file, "n_frames", 1))
+    _check_count(total, where, settings)
+    if total * file.width * file.height > _MOST_DECODED:
+        raise MediaTooLarge(
+            "the video is too large to decode",
+            where=where,
+            expected=f"at most {_MOST_DECODED} pixels in all its frames",
+            found=f"{total} frames of {file.width} x {file.height}",
+        )
+    fps = _speed(file, total)
+    indices = frame_indices(total, fps, settings.sampling)
+    opened: dict[int, Image.Image] = {}
+    pixels = 0
+    for index in sorted(set(indices)):
+        file.seek(index)
+        picture = to_rgb(file, where, settings.image.pixel_limit)
+        pixels = _check_frame(picture, opened, index, pixels, where, settings)
+        opened[index] = picture
+    return Frames(tuple(opened[i] for i in indices), indices, total, fps)
 
 
 def _speed(file: Image.Image, total: int) -> float | None:
