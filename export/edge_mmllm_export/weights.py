@@ -60,6 +60,7 @@ class Source:
         whole: makes our tensor of all of theirs (a transpose, one branch of several); for small
             tensors, since each tile reads all of it.
         stored: their shape, where `whole` is given and theirs is not ours but for axes of one.
+        more: tensors whose rows follow (a vocabulary that was extended, kept apart).
     """
 
     name: str
@@ -68,6 +69,7 @@ class Source:
     apply: Callable[[Float32], Float32] | None = None
     whole: Callable[[Float32], Float32] | None = field(default=None, compare=False)
     stored: tuple[int, ...] | None = None
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ class Weight:
             theirs = self.checkpoint.read(source.name)
             tile = np.ascontiguousarray(source.whole(theirs).reshape(self.shape)[start:stop])
         elif source.order is None:
-            tile = self.checkpoint.read(source.name, base + start, base + stop)
+            tile = self._read(base + start, base + stop)
         else:
             wanted = source.order[start:stop]
             low, high = int(wanted.min()), int(wanted.max()) + 1
-            tile = self.checkpoint.read(source.name, base + low, base + high)[wanted - low]
+            tile = self._read(base + low, base + high)[wanted - low]
         tile = tile.reshape((stop - start, *self.shape[1:]))
         if source.apply is not None:
             tile = np.ascontiguousarray(source.apply(tile), dtype=np.float32)
@@ -106,6 +108,18 @@ class Weight:
         if self.as_stored and self.role != "vector":
             tile = dequantize(quantize(tile, self.scheme), self.scheme, tile.shape[1])
         return tile
+
+    def _read(self, start: int, stop: int) -> Float32:
+        """Rows of the checkpoint's tensor, and of those that follow it."""
+        if not self.source.more:
+            return self.checkpoint.read(self.source.name, start, stop)
+        parts = []
+        for name in (self.source.name, *self.source.more):
+            count = self.checkpoint.tensors[name].shape[0]
+            if start < min(stop, count):
+                parts.append(self.checkpoint.read(name, start, min(stop, count)))
+            start, stop = max(0, start - count), max(0, stop - count)
+        return np.concatenate(parts)
 
     def _check_finite(self, tile: Float32, start: int) -> None:
         # A sum is finite unless a value is not (or it overflows, which the slow path settles).
@@ -171,7 +185,7 @@ def bind(
         TensorMismatch: lists every missing, unexpected and misshapen tensor.
     """
     tensors = checkpoint.tensors
-    used = {s.name for s in sources.values()}
+    used = {name for s in sources.values() for name in (s.name, *s.more)}
     unexpected = [
         name
         for name in tensors
@@ -187,11 +201,17 @@ def bind(
     for p in parameters:
         source = sources[p.name]
         info = tensors.get(source.name)
+        absent = [name for name in source.more if name not in tensors]
+        missing |= dict.fromkeys(absent, p.shape)
         if info is None:
             shape = (rows[source.name], *p.shape[1:]) if source.rows is not None else p.shape
             missing[source.name] = source.stored or shape
             continue
         stored = info.shape
+        if source.more and not absent:
+            stored = (sum(tensors[n].shape[0] for n in (source.name, *source.more)), *stored[1:])
+        elif absent:
+            continue
         if source.rows is not None:
             if not stored or stored[0] != rows[source.name]:
                 misshapen[source.name] = f"expected {rows[source.name]} rows, found {stored}"

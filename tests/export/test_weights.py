@@ -194,3 +194,18 @@ def test_float16_that_would_overflow_is_named(tmp_path):
     shutil.copy(source / "config.json", tmp_path)
     with pytest.raises(NonFiniteWeights, match=r"down_proj[\s\S]*layers\.1\.mlp\.down=f32"):
         references.export(references.load(tmp_path, QuantPlan("f16")), tmp_path)
+
+
+def test_rows_that_follow_in_another_tensor():
+    """An extended vocabulary kept apart: one weight, read across the seam."""
+    arrays = {"a": A, "b": -A[:2]}
+    sources = {"x": Source("a", more=("b",))}
+    whole = np.concatenate([A, -A[:2]])
+    bound = _bind(arrays, [Parameter("x", (8, 4))], sources)["x"]
+    np.testing.assert_array_equal(bound.rows(), whole)
+    for start, stop in ((0, 6), (5, 7), (6, 8), (7, 8)):
+        np.testing.assert_array_equal(bound.rows(start, stop), whole[start:stop])
+    with pytest.raises(TensorMismatch, match="wrong shape: a"):
+        _bind(arrays, [Parameter("x", (9, 4))], sources)
+    with pytest.raises(TensorMismatch, match="missing: c"):
+        _bind({"a": A}, [Parameter("x", (8, 4))], {"x": Source("a", more=("c",))})

@@ -177,7 +177,11 @@ class Composite:
 
     def sources(self, layout: Layout) -> dict[str, Source]:
         out = {
-            name: replace(source, name=self.renames.theirs(source.name))
+            name: replace(
+                source,
+                name=self.renames.theirs(source.name),
+                more=tuple(self.renames.theirs(more) for more in source.more),
+            )
             for name, source in self.backbone.sources(layout).items()
         }
         for scope, part in self._scopes():

@@ -169,14 +169,14 @@ class Llama:
         delta: T | None = None  # what the last block adds to the residual stream x
         rope = Rope(c.inv_freq, c.context_length)
         for i in range(c.layers):
-            block = self._post_norm_layer if c.post_norm else self._layer
+            block = self._post_norm_layer if c.post_norm else self.layer
             x, delta = block(op, w, i, x, delta, rope)
         x = op.logit_rows(x)
         delta = op.logit_rows(delta) if delta is not None else None
         _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
         return op.linear(x, w["embed"] if c.tied else w["head"])[0]
 
-    def _layer(
+    def layer(
         self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None, rope: Rope
     ) -> tuple[T, T | None]:
         """One pre-norm layer: x `(seq, hidden)` and the last block's output, both carried."""
