@@ -64,11 +64,29 @@ class MemoryOps(Protocol[T]):
         """Fill a cross_kv state `(1, heads, MEMORY, d)` with x `(rows, heads * d)`."""
         ...
 
+    def remember_span(self, x: T, span: T, state: StateSpec) -> None:
+        """Fill a cross_kv state `(1, MEMORY, 2)` of int64 with the span of every row of x:
+        span int64 `(2,)`, the position of the first token that sees it and of the first that
+        does not any more."""
+        ...
+
     def cross_attention(
-        self, q: T, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+        self,
+        q: T,
+        k_state: StateSpec,
+        v_state: StateSpec,
+        *,
+        heads: int,
+        scale: float,
+        span: StateSpec | None = None,
     ) -> T:
-        """Every row of q `(seq, heads * d)` attends to all rows of a memory, whose heads may be
-        fewer: each serves as many of q's in a row. Of an empty memory: zeros."""
+        """Every row of q `(seq, heads * d)` attends to the rows of a memory that it sees (all,
+        without `span`). The memory's heads may be fewer than q's: each serves as many of those in
+        a row. Of nothing to see: zeros."""
+        ...
+
+    def sees(self, x: T, span: StateSpec) -> T:
+        """1 for each token of x `(seq, width)` that sees any row, else 0: `(seq, 1)`."""
         ...
 
     def relative_bias(self, x: T, bias: RelativeBias) -> T:

@@ -17,24 +17,45 @@ class NumpyMemory:
     """The part of `NumpyOps` that reads and fills memories."""
 
     states: dict[str, Array]
+    position: int
 
     def remember(self, x: Array, state: StateSpec) -> None:
         self.states[state.name] = x.reshape(len(x), state.shape[1], -1).transpose(1, 0, 2)[None]
 
+    def remember_span(self, x: Array, span: Array, state: StateSpec) -> None:
+        self.states[state.name] = np.tile(span.astype(np.int64), (1, len(x), 1))
+
     def cross_attention(
-        self, q: Array, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+        self,
+        q: Array,
+        k_state: StateSpec,
+        v_state: StateSpec,
+        *,
+        heads: int,
+        scale: float,
+        span: StateSpec | None = None,
     ) -> Array:
         k, v = self.states[k_state.name][0], self.states[v_state.name][0]
+        seen = np.ones((len(q), k.shape[1]), bool) if span is None else self._seen(q, span)
         y = np.zeros(q.shape, np.float32)
-        if not k.shape[1]:
-            return y
+        some = seen.any(axis=1)
         d, share = q.shape[1] // heads, heads // len(k)
-        for h in range(heads):
+        for h in range(heads if some.any() else 0):
             own = slice(h * d, (h + 1) * d)
-            scores = q[:, own] @ k[h // share].T * np.float32(scale)
+            scores = q[some, own] @ k[h // share].T * np.float32(scale)
+            scores[~seen[some]] = -np.inf
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            y[:, own] = scores / scores.sum(axis=-1, keepdims=True) @ v[h // share]
+            y[some, own] = scores / scores.sum(axis=-1, keepdims=True) @ v[h // share]
         return y
+
+    def sees(self, x: Array, span: StateSpec) -> Array:
+        return np.asarray(self._seen(x, span).any(axis=1, keepdims=True), np.float32)
+
+    def _seen(self, x: Array, span: StateSpec) -> Array:
+        """Which rows each token of x sees: `(seq, rows)`."""
+        own = np.arange(self.position, self.position + len(x))[:, None]
+        first, end = self.states[span.name][0].T
+        return np.asarray((own >= first) & (own < end))
 
     def relative_bias(self, x: Array, bias: RelativeBias) -> Array:
         return distance_bias(bias, np.arange(len(x)), np.arange(len(x)))

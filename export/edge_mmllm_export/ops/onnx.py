@@ -55,7 +55,7 @@ class OnnxOps(OnnxVision, OnnxMemory):
         self._seq: tuple[str, str] | None = None
         self._length: onnx_rwkv.Sequence | None = None
         self._tables: dict[tuple[int, float], tuple[str, str]] = {}
-        self._biases: dict[str, str] = {}
+        self._shared: dict[str, str] = {}
         self.written: set[str] = set()
         #: States whose next value may be written over the present one.
         self.in_place: list[str] = []
@@ -352,14 +352,14 @@ class OnnxOps(OnnxVision, OnnxMemory):
 
     def _distances(self, bias: RelativeBias) -> str:
         """A bias `(1, heads, seq, total)` of GroupQueryAttention, made once a graph."""
-        if bias.table.name not in self._biases:
+        if bias.table.name not in self._shared:
             g, scope, self.graph.scope = self.graph, self.graph.scope, ""
             source = "input_ids" if "input_ids" in g.plain_inputs() else "inputs_embeds"
             length = g.node("Shape", [source], start=0, end=1)[0]
             total = g.node("Add", [length, "position"])[0]
-            self._biases[bias.table.name] = distance_bias(self, bias, length, total)
+            self._shared[bias.table.name] = distance_bias(self, bias, length, total)
             self.graph.scope = scope
-        return self._biases[bias.table.name]
+        return self._shared[bias.table.name]
 
     def _head_norm(self, name: str, width: int, weight: Weight, eps: float) -> str:
         """RMS norm of each head of a value `(1, seq, width)`."""

@@ -28,10 +28,23 @@ class MissingOps(Generic[T]):
     def remember(self, x: T, state: StateSpec) -> None:
         _missing("remember")
 
+    def remember_span(self, x: T, span: T, state: StateSpec) -> None:
+        _missing("remember_span")
+
     def cross_attention(
-        self, q: T, k_state: StateSpec, v_state: StateSpec, *, heads: int, scale: float
+        self,
+        q: T,
+        k_state: StateSpec,
+        v_state: StateSpec,
+        *,
+        heads: int,
+        scale: float,
+        span: StateSpec | None = None,
     ) -> T:
         _missing("cross_attention")
+
+    def sees(self, x: T, span: StateSpec) -> T:
+        _missing("sees")
 
     def relative_bias(self, x: T, bias: RelativeBias) -> T:
         _missing("relative_bias")
