@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SmolVLMImageProcessor",
         {"size": {"longest_edge": 1024}, "max_image_size": {"longest_edge": 256}},
     ),
-    "qwen2_vl": ("qwen2_vl", "Qwen2VLImageProcessor", {"max_pixels": 401408}),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VLImageProcessor", {"max_pixels": 100352}),
     "mllama": ("mllama", "MllamaImageProcessor", {"size": {"height": 280, "width": 280}}),
     "video_llava": ("video_llava", "VideoLlavaImageProcessor", {}),
 }
