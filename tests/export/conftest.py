@@ -14,3 +14,11 @@ def exports(tmp_path_factory):
     import references
 
     return references.Exports(tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """`families(name, plan=...)`: a multimodal reference as ONNX, written once a test run."""
+    import family_files
+
+    return family_files.Exports(tmp_path_factory.mktemp("families"))

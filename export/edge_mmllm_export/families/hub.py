@@ -18,6 +18,7 @@ from edge_mmllm_export.ops.base import Architecture
 #: `from_config(Fields, feature_layers=, select=)`.
 ENCODERS = {
     "clip_vision_model": "clip:Clip",
+    "siglip_vision_model": "siglip:Siglip",
 }
 
 #: What published `text_config`s leave out: the defaults of transformers' config classes, which
