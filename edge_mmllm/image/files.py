@@ -172,6 +172,8 @@ def _open(file: BinaryIO, where: str, pixel_limit: int) -> Image.Image:
 def to_rgb(picture: Image.Image, where: str, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
     """Decodes the frame a Pillow picture stands at, turns it upright and into RGB.
 
+    A picture that is all that already is returned itself, not copied.
+
     Raises as `open_image`.
     """
     from PIL import Image, ImageOps
@@ -191,7 +193,7 @@ def to_rgb(picture: Image.Image, where: str, pixel_limit: int = PIXEL_LIMIT) -> 
         raise _damaged(where, error) from error
     mode = picture.mode
     if mode == "RGB" and picture.info.get("transparency") is None:
-        return picture.copy()
+        return picture
     if mode.startswith("I"):
         return _from_deep(picture, where)
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:

@@ -152,6 +152,7 @@ def _decoded(file: Image.Image, where: str, settings: VideoSettings) -> Frames:
     for index in sorted(set(indices)):
         file.seek(index)
         picture = to_rgb(file, where, settings.image.pixel_limit)
+        picture = picture.copy() if picture is file else picture  # the next frame overwrites it
         pixels = _check_frame(picture, opened, index, pixels, where, settings)
         opened[index] = picture
     return Frames(tuple(opened[i] for i in indices), indices, total, fps)
