@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def _processor(module: str, name: str, settings: dict[str, Any]) -> Any:
+def publishing(module: str, name: str, settings: dict[str, Any]) -> Any:
     if module == "video_llava":
         found = import_module("transformers.models.video_llava.image_processing_video_llava")
         return found.VideoLlavaImageProcessor(**settings)
@@ -69,7 +69,7 @@ def _processor(module: str, name: str, settings: dict[str, Any]) -> Any:
     return getattr(found, f"{name}Pil")(**settings)
 
 
-def _published(processor: Any) -> dict[str, Any]:
+def published(processor: Any) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(processor.to_json_string())
     return config
 
@@ -93,8 +93,8 @@ def images(out: Path, data: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {f"picture.{name}": array for name, array in kept.items()}
     configs = {}
     for case, (module, name, settings) in CASES.items():
-        processor = _processor(module, name, settings)
-        configs[case] = _published(processor)
+        processor = publishing(module, name, settings)
+        configs[case] = published(processor)
         for label, image in pictures.items():
             if case == "qwen2_vl" and max(image.size) > 200 * min(image.size):
                 continue
