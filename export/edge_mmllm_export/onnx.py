@@ -15,7 +15,7 @@ from typing import Literal
 
 from edge_mmllm.spec import CAPACITY, MEMORY, Stage
 from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
-from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder, Onlooker
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
 from edge_mmllm_export.weights import Weight
@@ -70,6 +70,12 @@ def write_stages(
             stages["encode_text"] = _reader(graph, op, backbone, weights, inputs)
             op.finish()
             graph.save(folder / "encode_text.onnx", {"stage": "encode_text"})
+        if isinstance(backbone, Onlooker):
+            graph = GraphBuilder("remember_image", data)
+            op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
+            stages["remember_image"] = _onlooker(graph, op, backbone, weights)
+            op.finish()
+            graph.save(folder / "remember_image.onnx", {"stage": "remember_image"})
         graph = GraphBuilder("decoder", data)
         op = OnnxOps(graph, workers=pool, stored=stored, progress=progress)
         _decoder(graph, op, model, weights, inputs)
@@ -148,6 +154,21 @@ def _reader(
         graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
     names = tuple(s.name for s in filled)
     return Stage("encode_text.onnx", tuple(graph.plain_inputs()), (), fills=names)
+
+
+def _onlooker(
+    graph: GraphBuilder, op: OnnxOps, model: Onlooker, weights: Mapping[str, Weight]
+) -> Stage:
+    """`remember_image`: rows of one picture, and which tokens see it -> the cross_kv states."""
+    filled = [s for s in model.states() if s.kind == "cross_kv"]
+    graph.input("features", "float32", ["rows", model.memory_width])
+    span = Value(graph.input("span", "int64", [2]), 1)
+    batched = graph.node("Unsqueeze", ["features", graph.ints(0)])[0]
+    model.remember_features(op, weights, Value(batched, model.memory_width), span)
+    for s in filled:
+        graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
+    names = tuple(s.name for s in filled)
+    return Stage("remember_image.onnx", tuple(graph.plain_inputs()), (), fills=names)
 
 
 def _embeddings(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
+from edge_mmllm.spec import MEMORY
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder, Onlooker
 from edge_mmllm_export.ops.numpy import NumpyOps
 from edge_mmllm_export.weights import Weight
 
@@ -33,7 +34,10 @@ class Oracle:
     def reset(self) -> None:
         """Back to the empty state."""
         self.position = 0
-        self.states = {s.name: np.zeros(s.at(0), np.float32) for s in self.model.states()}
+        self.states: dict[str, Array] = {
+            s.name: np.zeros(s.at(0), np.int64 if s.dtype == "int64" else np.float32)
+            for s in self.model.states()
+        }
 
     def start(self, ids: NDArray[np.int64]) -> None:
         """Empties the state; an encoder-decoder then reads a prompt `(seq,)`, others nothing.
@@ -45,6 +49,17 @@ class Oracle:
         if isinstance(model, EncoderDecoder):
             op = NumpyOps(self.states, 0, None, self._cache)
             model.remember(op, self.weights, model.embed(op, self.weights, ids))
+
+    def look(self, features: Array, span: tuple[int, int]) -> None:
+        """An `Onlooker` reads the rows of one more picture, seen by the tokens of `span`."""
+        model = getattr(self.model, "backbone", self.model)
+        if not isinstance(model, Onlooker):
+            raise ValueError(f"{model.name} has no memory for pictures")
+        memory = {s.name: s.shape.index(MEMORY) for s in model.states() if s.kind == "cross_kv"}
+        op = NumpyOps(dict(self.states), 0, None, self._cache)
+        model.remember_features(op, self.weights, features, np.asarray(span, np.int64))
+        for name, axis in memory.items():
+            self.states[name] = np.concatenate([self.states[name], op.states[name]], axis=axis)
 
     def answer(self, ids: NDArray[np.int64]) -> Array:
         """All logits of ids `(seq,)` from an empty state; an encoder-decoder has read them as its

@@ -103,11 +103,74 @@ def _perceiver(qk_norms: bool) -> dict[str, Any]:
     return {"config": sizes, "shapes": shapes, "output": output, "features": features}
 
 
+#: With extra vocabulary, kept apart.
+IDEFICS = {
+    "vocab_size": 91,
+    "additional_vocab_size": 5,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "cross_layer_interval": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "use_resampler": True,
+    "vision_config": {
+        "embed_dim": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": 28,
+    },
+    "perceiver_config": PERCEIVER | {"use_resampler": True},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+#: From which token on each of two pictures is seen, and up to which.
+SPANS = ((3, 14), (14, 30))
+
+
+def _idefics(**changes: Any) -> dict[str, Any]:
+    """The language model over given resampled pictures: 40 tokens, of which the first three and
+    the last ten see none."""
+    import torch
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    config = IDEFICS | changes
+    model = IdeficsForVisionText2Text(IdeficsConfig(**config, attn_implementation="eager"))
+    shapes = fill(model)
+    latents = PERCEIVER["resampler_n_latents"]
+    features = seeded("pictures", (len(SPANS), latents, 40)) * 5
+    ids = np.random.default_rng(4).integers(0, 96, 40)
+    mask = np.zeros((len(ids), len(SPANS)), np.int64)
+    for i, (first, end) in enumerate(SPANS):
+        mask[first:end, i] = 1
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.from_numpy(ids)[None],
+            perceiver_embeddings=torch.from_numpy(features)[None],
+            image_attention_mask=torch.from_numpy(mask)[None],
+            use_cache=False,
+        ).logits[0]
+    text = {n: s for n, s in shapes.items() if "vision_model" not in n and "perceiver" not in n}
+    return {
+        "config": config | {"model_type": "idefics"},
+        "shapes": text,
+        "output": logits.numpy(),
+        "features": features,
+        "ids": ids,
+        "spans": np.array(SPANS),
+    }
+
+
 PROJECTORS: dict[str, Callable[[], dict[str, Any]]] = {
     "qformer": lambda: _qformer(instruct=False),
     "qformer-text": lambda: _qformer(instruct=True),
     "perceiver": lambda: _perceiver(qk_norms=False),
     "perceiver-norms": lambda: _perceiver(qk_norms=True),
+    "idefics": lambda: _idefics(qk_layer_norms=True, alpha_type="vector"),
+    "idefics-float": lambda: _idefics(additional_vocab_size=0, vocab_size=96),
 }
 
 

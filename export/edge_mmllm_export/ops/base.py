@@ -288,3 +288,19 @@ class EncoderDecoder(Architecture, Protocol):
     def remember(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> None:
         """Embeddings `(seq, hidden)` of a prompt -> the cross_kv states."""
         ...
+
+
+@runtime_checkable
+class Onlooker(Architecture, Protocol):
+    """An architecture that finds pictures in cross_kv states, beside its tokens.
+
+    Attributes:
+        memory_width: of a picture's rows.
+    """
+
+    memory_width: int
+
+    def remember_features(self, op: Ops[T], w: Mapping[str, Weight], features: T, span: T) -> None:
+        """Rows of one picture `(rows, memory_width)` -> the cross_kv states. span int64 `(2,)`:
+        positions of the first token that sees it, and of the first that does not any more."""
+        ...
