@@ -39,16 +39,9 @@ _REFUSED: dict[str, Any] = {
     "layer_replication": None,
     "alora_invocation_tokens": None,
 }
-#: The same weights in the names of transformers 5 (in memory) and of 4 (and the hub).
-_SPELLINGS = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.visual.", "visual."),
-    ("model.language_model.", "model."),
-)
+#: What transformers 4, 5 and `save_pretrained` put, or do not put, into the same weight's name
+#: (`language_model.model.layers` is `model.language_model.layers`).
+_WRAPPERS = frozenset({"model", "language_model", "vision_model"})
 
 
 @dataclass(frozen=True)
@@ -133,15 +126,19 @@ class LoraCheckpoint:
 
     def _target(self, module: str) -> str | None:
         """The checkpoint's name of a module's weight, in whichever spelling it has."""
-        names = self._base.tensors
-        candidates = [module, f"model.{module}"]
-        for new, old in _SPELLINGS:
-            candidates += [b + module[len(a) :] for a, b in ((new, old), (old, new))
-                           if module.startswith(a)]  # fmt: skip
-        for candidate in candidates:
-            if f"{candidate}.weight" in names:
-                return f"{candidate}.weight"
-        return None
+        exact = f"{module}.weight"
+        if exact in self._base.tensors:
+            return exact
+        found = self._spellings.get(_bare(exact), [])
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _spellings(self) -> dict[str, list[str]]:
+        """Names without their wrappers -> the checkpoint's names."""
+        out: dict[str, list[str]] = {}
+        for name in self._base.tensors:
+            out.setdefault(_bare(name), []).append(name)
+        return out
 
     def _objection(
         self, target: str, pair: Mapping[str, str], rank: int, embedding: bool
@@ -196,6 +193,10 @@ class LoraCheckpoint:
         """Closes both."""
         self._file.close()
         self._base.close()
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _scale(f: Fields, module: str) -> tuple[int, float]:
