@@ -39,16 +39,20 @@ class Oracle:
             for s in self.model.states()
         }
 
-    def start(self, ids: NDArray[np.int64]) -> None:
-        """Empties the state; an encoder-decoder then reads a prompt `(seq,)`, others nothing.
+    def start(self, prompt: Array) -> None:
+        """Empties the state; an encoder-decoder then reads a prompt, others nothing.
 
         After it `forward` takes what the decoder says, from `decoder_start_id` on.
+
+        Args:
+            prompt: ids `(seq,)` or embeddings `(seq, hidden)`.
         """
         model = getattr(self.model, "backbone", self.model)
         self.reset()
         if isinstance(model, EncoderDecoder):
             op = NumpyOps(self.states, 0, None, self._cache)
-            model.remember(op, self.weights, model.embed(op, self.weights, ids))
+            x = prompt if prompt.ndim == 2 else model.embed(op, self.weights, prompt)
+            model.remember(op, self.weights, x)
 
     def look(self, features: Array, span: tuple[int, int]) -> None:
         """An `Onlooker` reads the rows of one more picture, seen by the tokens of `span`."""

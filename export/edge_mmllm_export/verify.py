@@ -306,8 +306,9 @@ def _media(
         path.write_bytes(make())
         limit = model.context_length or 1 << 20
         ids = verify_media.media_ids(session, name, path, text, limit)
-        session.reset()
-        candidate = session.prefill(session.encode(ids, {name: [path]}), logits="all")
+        prompt = session.encode(ids, {name: [path]})
+        session.start(prompt)
+        candidate = session.prefill(prompt, logits="all")
         prompts = []
         for bound in (weights, stored):
             stages = verify_media.OracleStages(model, bound)

@@ -106,5 +106,6 @@ def oracle_logits(
     """The oracle's logits for all positions of a prompt whose rows are the oracle's too."""
     oracle = Oracle(model, weights)
     x = session_prompt.embeddings(oracle.embed)
+    oracle.start(x)
     logits: Float32 = oracle.forward_embeddings(x)
     return logits

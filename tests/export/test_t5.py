@@ -225,13 +225,8 @@ def test_run_encodes_the_prompt_and_decodes_an_answer(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shapes = references.open_checkpoint(FOLDER / "flan-t5").tensors
-    header, data = {}, b""
-    for name, info in shapes.items():
-        shape = [300 if d == 96 else d for d in info.shape]
-        values = seeded(name, tuple(shape)).astype("<f4").tobytes()
-        header[name] = entry("F32", shape, len(data), len(data) + len(values))
-        data += values
-    (folder / "model.safetensors").write_bytes(safetensors_bytes(header, data))
+    sizes = {n: tuple(300 if d == 96 else d for d in i.shape) for n, i in shapes.items()}
+    write_tensors(folder, {name: seeded(name, shape) for name, shape in sizes.items()})
     options = ExportOptions(plan=QuantPlan("f32"), tokenizer="bytes", workers=1)
     export(folder, tmp_path / "bundle", options)
     settings = AnswerSettings(max_new_tokens=8)
@@ -249,6 +244,56 @@ def test_run_encodes_the_prompt_and_decodes_an_answer(tmp_path):
         assert "".join(session.generate("Hello there", max_new_tokens=8)) == text
         both = session.generate_many(["Hello there", "Something else, longer"], max_new_tokens=8)
         assert both[0] == text != both[1]
+
+
+def test_a_picture_goes_through_the_encoder(tmp_path):
+    """LLaVA's tower and projector before a T5: the gate judges rows of a picture in the prompt
+    of the encoder, and the decoder answers from them."""
+    llava = references.ROOT / "tests" / "goldens" / "families" / "llava"
+    folder = tmp_path / "source"
+    shutil.copytree(llava, folder)
+    whole = json.loads((llava / "config.json").read_text())
+    text = json.loads((FOLDER / "flan-t5" / "config.json").read_text())
+    width = whole["text_config"]["hidden_size"]
+    (folder / "config.json").write_text(
+        json.dumps(whole | {"text_config": text | {"d_model": width}})
+    )
+    checkpoint, t5 = (
+        references.open_checkpoint(llava),
+        references.open_checkpoint(FOLDER / "flan-t5"),
+    )
+    tensors = {n: checkpoint.read(n) for n in checkpoint.tensors if "language_model" not in n}
+    for name, info in t5.tensors.items():
+        shape = tuple(width if d == text["d_model"] else d for d in info.shape)
+        tensors[f"language_model.{name}"] = seeded(name, shape)
+    write_tensors(folder, tensors)
+    options = ExportOptions(plan=QuantPlan("f32"), tokenizer="none", workers=1)
+    bundle = export(folder, tmp_path / "bundle", options)
+    stages = {"encode_image", "project_image", "embed", "encode_text", "decoder"}
+    assert set(bundle.spec.stages) == stages
+    assert bundle.manifest.gate.figures["image"]["kl_mean_of_engine"] < 1e-5
+    assert check(tmp_path / "bundle", threads=1).ok
+    image, answers = whole["image_token_index"], []
+    pictures = sorted((llava.parent / "pictures").iterdir())
+    with load(tmp_path / "bundle", threads=1) as session:
+        for picture in pictures:
+            session.start(session.encode([4, image, 5, 6], {"image": [picture]}))
+            assert session.engine.memory_rows == 3 + bundle.spec.modalities["image"].tokens
+            answers.append(session.prefill([bundle.spec.decoder_start_id]))
+            media = {"image": [picture]}
+            first = list(session.generate_tokens([4, image, 5, 6], 1, media=media, ignore_eos=True))
+            assert first == [answers[-1].argmax()]
+    assert np.abs(answers[0] - answers[1]).max() > 1e-3
+
+
+def write_tensors(folder, tensors):
+    """A `model.safetensors` of float32 arrays."""
+    header, data = {}, b""
+    for name, array in tensors.items():
+        values = array.astype("<f4").tobytes()
+        header[name] = entry("F32", list(array.shape), len(data), len(data) + len(values))
+        data += values
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(header, data))
 
 
 def exported_to(folder, name, inputs="ids"):

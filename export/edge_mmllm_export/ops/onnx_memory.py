@@ -3,6 +3,10 @@
 MultiHeadAttention takes a memory's keys and values as they lie in the state, `(1, heads, rows, d)`.
 Measured with onnxruntime 1.32, two cores of a Zen 4, 32 heads of 64: 0.19 ms for one query over 512
 rows (0.18 by MatMul and Softmax), 0.8 over 1601 (1.1), 5.7 for 32 queries over 512 (10.3).
+
+A bias by distance goes into GroupQueryAttention (`attention_bias`), which still appends in place:
+0.08 ms for one query over 128 tokens with and without it (MultiHeadAttention with past 0.11), 0.27
+over 511 (0.75, for it copies the past), 36 for a prefill of 256 (36; 30 without a bias).
 """
 
 from __future__ import annotations
