@@ -208,7 +208,8 @@ class Composite:
     # -- as a composition -------------------------------------------------------------------
 
     def stage_definitions(self) -> list[StageDefinition]:
-        """The stages of every modality, in the order that an item passes them."""
+        """The stages of every modality, in the order that an item passes them; then the output
+        projector's, from signal tokens' hidden states to a generator's conditioning."""
         out = []
         for path in self.pathways:
             encoder, projector = path.encoder.component, path.projector.component
@@ -232,6 +233,19 @@ class Composite:
                     "inputs_embeds",
                     self.hidden_size,
                     _project(projector, encoder.width),
+                )
+            )
+        if "output_projector" in self.output:
+            mapper = self.output["output_projector"].component
+            signals = Port("signals", "float32", ("rows", mapper.width))
+            out.append(
+                StageDefinition(
+                    "output_projector",
+                    "output.output_projector.",
+                    _ports(mapper, signals),
+                    "conditioning",
+                    mapper.hidden_size,
+                    _project(mapper, mapper.width),
                 )
             )
         return out
