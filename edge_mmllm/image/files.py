@@ -38,7 +38,8 @@ DAMAGED = (
     AttributeError,
     EOFError,
     OverflowError,
-    NotImplementedError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -165,7 +166,7 @@ def _open(file: BinaryIO, where: str, pixel_limit: int) -> Image.Image:
         ) from error
     except DAMAGED as error:
         raise _damaged(where, error) from error
-    _check_size(picture, where, pixel_limit)
+    check_size(picture, where, pixel_limit)
     return picture
 
 
@@ -178,7 +179,7 @@ def to_rgb(picture: Image.Image, where: str, pixel_limit: int = PIXEL_LIMIT) -> 
     """
     from PIL import Image, ImageOps
 
-    _check_size(picture, where, pixel_limit)
+    check_size(picture, where, pixel_limit)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -212,7 +213,7 @@ def _from_deep(picture: Image.Image, where: str) -> Image.Image:
     """Gray of 16 bits, scaled to 8. (Pillow's own conversion would clip at 255.)"""
     from PIL import Image
 
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(picture)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise UnsupportedMedia(
@@ -222,7 +223,8 @@ def _from_deep(picture: Image.Image, where: str) -> Image.Image:
             found=f"values from {low} to {high}",
             fix="scale it to 8 or 16 bits",
         )
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    levels = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(levels[values.astype(np.uint16)]).convert("RGB")
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
@@ -290,7 +292,8 @@ def _format(head: bytes, where: str) -> str:
     )
 
 
-def _check_size(picture: Image.Image, where: str, pixel_limit: int) -> None:
+def check_size(picture: Image.Image, where: str, pixel_limit: int) -> None:
+    """Refuses a picture of no pixels, or of more than `pixel_limit`, before it is decoded."""
     width, height = picture.size
     if width < 1 or height < 1:
         raise CorruptMedia("the picture has no pixels", where=where, found=f"{width} x {height}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy.typing as npt
 
 from edge_mmllm.errors import CorruptMedia, MediaTooLarge, UnsupportedMedia, UsageError
-from edge_mmllm.image.files import DAMAGED, PICTURE_FORMATS, open_image, open_undecoded, to_rgb
+from edge_mmllm.image.files import (
+    DAMAGED,
+    PICTURE_FORMATS,
+    check_size,
+    open_image,
+    open_undecoded,
+    to_rgb,
+)
 from edge_mmllm.video.settings import VideoSettings, frame_indices
 
 if TYPE_CHECKING:
@@ -108,10 +116,18 @@ def _pictures(
 def _animation(
     source: str | os.PathLike[str] | bytes | BinaryIO, settings: VideoSettings
 ) -> Frames:
+    from PIL import Image
+
     try:
         with open_undecoded(source, pixel_limit=settings.image.pixel_limit) as (file, where):
             try:
-                return _decoded(file, where, settings)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return _decoded(file, where, settings)
+            except Image.DecompressionBombError as error:
+                raise MediaTooLarge(
+                    "the video is too large to decode", where=where, found=str(error)
+                ) from error
             except DAMAGED as error:
                 raise CorruptMedia(
                     "the video is damaged or cut short", where=where, found=str(error)
@@ -145,7 +161,7 @@ def _decoded(file: Image.Image, where: str, settings: VideoSettings) -> Frames:
             expected=f"at most {_MOST_DECODED} pixels in all its frames",
             found=f"{total} frames of {file.width} x {file.height}",
         )
-    fps = _speed(file, total)
+    fps = _speed(file, total, where, settings.image.pixel_limit)
     indices = frame_indices(total, fps, settings.sampling)
     opened: dict[int, Image.Image] = {}
     pixels = 0
@@ -158,11 +174,12 @@ def _decoded(file: Image.Image, where: str, settings: VideoSettings) -> Frames:
     return Frames(tuple(opened[i] for i in indices), indices, total, fps)
 
 
-def _speed(file: Image.Image, total: int) -> float | None:
+def _speed(file: Image.Image, total: int, where: str, pixel_limit: int) -> float | None:
     """Frames a second, the mean over all frames; None where the file does not say."""
     millis = 0.0
     for index in range(total):
         file.seek(index)
+        check_size(file, where, pixel_limit)  # a GIF's frames may outgrow its header
         file.load()
         millis += float(file.info.get("duration", 0) or 0)
     file.seek(0)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from media import picture
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from edge_mmllm.errors import (
     CorruptMedia,
@@ -191,8 +191,10 @@ def test_a_picture_cut_short_is_corrupt(kind: str) -> None:
             open_image(data[: int(len(data) * part)])
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF"])
 def test_flipped_bytes_never_escape_the_error_tree(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this build of Pillow writes no AVIF")
     data = encoded(Image.fromarray(picture(24, 24)), kind)
     random_bytes = random.Random(7)
     for _ in range(150):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,13 @@ def test_a_hostile_manifest_is_refused(name: str, value: object) -> None:
     stored["sampling"][name] = value
     with pytest.raises(CorruptBundle, match="video"):
         VideoSettings.from_json(stored)
+
+
+def test_a_frame_that_outgrows_its_video_is_refused_undecoded() -> None:
+    data = animation("GIF", [0, 100, 200])
+    second = data.index(b"\x2c", data.index(b"\x2c") + 1)  # an image descriptor
+    assert data[second + 5 : second + 9] == struct.pack("<HH", 8, 6)
+    for width, height in ((60000, 60000), (60000, 2000)):
+        grown = data[: second + 5] + struct.pack("<HH", width, height) + data[second + 9 :]
+        with pytest.raises(MediaTooLarge, match="too large to decode"):
+            open_frames(grown, ALL)
