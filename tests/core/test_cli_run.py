@@ -286,7 +286,9 @@ def test_a_template_that_forgets_answers_needs_raw(chat_bundle: Path) -> None:
         spec = replace(session.text.spec, bos_id=5, add_bos=True)
         session._text = Text(spec, session.text._json)
         assert session.text.encode("Hi")[0] == 5
-        assert following(session, "Hi", {}, raw=False).ids.tolist() == turn  # BOS begins a text, not a turn
+        assert (
+            following(session, "Hi", {}, raw=False).ids.tolist() == turn
+        )  # BOS begins a text, not a turn
         spec = replace(spec, chat_template=forgetful)
         session._text = Text(spec, session.text._json)
         with pytest.raises(UsageError, match="does not repeat"):
