@@ -91,13 +91,13 @@ def media_ids(session: Session, name: str, source: Path, text: Int64, limit: int
         asked = session.encode(np.array([token]), {name: [source]})
     else:
         asked = session.encode(_QUESTION, {name: [source]})
-    ids = np.where(asked.ids < 0, token, asked.ids)
-    return np.concatenate([ids, text])[:limit]
+    return np.concatenate([asked.tokens, text])[:limit]
 
 
 def answers_from(prompt: Prompted) -> int:
     """The first position that is judged: the last one that takes a row."""
-    return max((span.start + span.count for span in prompt.spans), default=1) - 1
+    ends = [span.start + span.count for span in prompt.spans]
+    return max([*ends, *(look.start + 1 for look in prompt.looks)], default=1) - 1
 
 
 def oracle_logits(
@@ -107,5 +107,7 @@ def oracle_logits(
     oracle = Oracle(model, weights)
     x = session_prompt.embeddings(oracle.embed)
     oracle.start(x)
+    for look in session_prompt.looks:
+        oracle.look(look.rows(), (look.start, look.end))
     logits: Float32 = oracle.forward_embeddings(x)
     return logits

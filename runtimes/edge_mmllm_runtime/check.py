@@ -153,6 +153,7 @@ def run_golden(
     session.start(prompt)
     whole = session.prefill(prompt, logits="all")
     start = max(n - _STEPS, n // 2, *(span.start + span.count for span in prompt.spans), 0)
+    start = max([start, *(look.start + 1 for look in prompt.looks)])
     found = [_compare(f"{of}prefill", golden, whole, 0, allowed)]
     if 0 < start < n:
         session.start(prompt)

@@ -71,6 +71,7 @@ class Context:
         self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
         self.context = context
         self.prompt_cache = PromptCache()
+        self._beside = any(m.target == "states" for m in spec.modalities.values())
         self.perception = Perception(lambda: self.engine, spec)
         self._engine: Engine | None = engine
         self._position = 0
@@ -150,7 +151,8 @@ class Context:
 
         Raises:
             UsageError, ContextFull: nothing was changed.
-            SessionError, Cancelled, or what `progress` raised: the state is as before the call.
+            SessionError, Cancelled, or what `progress` raised: the state is as before the call
+                (empty, where pictures stand beside the tokens).
         """
         engine = self.engine
         if logits not in ("last", "all"):
@@ -159,6 +161,13 @@ class Context:
         total = len(x)
         check_positions(positions, self._position, total)
         self._check_room(total)
+        if isinstance(x, Prompted) and x.looks and self._position != x.origin:
+            raise UsageError(
+                "pictures that stand beside the tokens come with the whole prompt",
+                expected=f"position {x.origin}",
+                found=f"position {self._position}",
+                fix="read the conversation from its beginning (no --state)",
+            )
         known = self._identities(x)
         cacheable = known is not None and not self._position and logits == "last"
         restored = self._restore_prefix(known) if cacheable and known is not None else 0
@@ -173,6 +182,7 @@ class Context:
                 mark = engine.mark(start)
             if isinstance(x, Prompted):
                 x[restored:].load()
+                self._look(x)
             started = time.perf_counter()
             for begin in range(restored, total, self.chunk):
                 if begin and progress is not None:
@@ -189,7 +199,7 @@ class Context:
             if mark is not None:
                 engine.rollback(mark)
             self._running.release()
-            if restored:
+            if restored or (isinstance(x, Prompted) and x.looks):
                 self.reset()
             raise
         self._running.release()
@@ -285,6 +295,8 @@ class Context:
         if position == self._position:
             return True
         self._check_idle()
+        if self._beside and self.engine.memory_rows:
+            return False  # a later picture would still be seen
         if not self.engine.rewind(self._position, position):
             return False
         self._set(position, None if self._tokens is None else self._tokens[:position], None)
@@ -386,7 +398,14 @@ class Context:
         """What the decoder takes."""
         if not isinstance(x, Prompted):
             return x
-        return x.embeddings(self.engine.embed) if x.spans else x.ids
+        return x.embeddings(self.engine.embed) if x.spans else x.tokens
+
+    def _look(self, x: Prompted) -> None:
+        """Puts what stands beside the tokens into the states, each with the span that sees it."""
+        for i, look in enumerate(x.looks):
+            span = np.array([look.start, look.end], np.int64)
+            given: dict[str, Any] = {"features": look.rows(), "span": span}
+            self.engine.remember(look.stage, given, append=i > 0)
 
     def _checked(self, x: Sequence[int] | Int64 | Float32 | Prompted) -> Int64 | Float32 | Prompted:
         """`x` as int64 `(n,)`, float32 `(n, hidden)` or a prompt that is known to be right.

@@ -54,9 +54,39 @@ class Plain:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+#: No token lies so far: a picture that every later token sees.
+_EVER = 1 << 62
+
+
+class Beside(Plain):
+    """Rows that stand beside the tokens, in cross_kv states; the placeholder stays a token.
+
+    Key `sees`: `latest`: a token sees the last picture before it (Idefics). `run`: the same, but
+    pictures in a row are seen together (Llama-3.2-Vision).
+    """
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        super().__init__(modality, fields)
+        self._sees = fields.one_of("sees", ("latest", "run"))
+
+    def text(self, item: Prepared) -> str:
+        return self._placeholder
+
+    def seen_by(self, positions: list[int]) -> list[tuple[int, int]]:
+        """For the placeholders at these positions: the first token that sees each picture, and
+        the first that does not any more."""
+        ends = [*positions[1:], _EVER]
+        if self._sees == "run":
+            for i in reversed(range(len(positions) - 1)):
+                if positions[i] + 1 == positions[i + 1]:
+                    ends[i] = ends[i + 1]
+        return list(zip(positions, ends, strict=False))
+
+
 #: `layout.kind` -> what interprets it: `(modality, fields of the layout) -> Layout`.
 LAYOUTS: dict[str, Any] = {
     "plain": Plain,
+    "beside": Beside,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_mmllm.errors import CorruptBundle, UnsupportedBundle, UsageError
+from edge_mmllm.errors import CorruptBundle, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32
 from edge_mmllm_runtime.layouts import Layout, layout_of
@@ -57,14 +57,15 @@ class Item:
     Attributes:
         key: of its content, modality and whatever else its rows depend on.
         text: what its placeholder becomes.
-        count: rows.
-        rows: float32 `(count, hidden)`; computes them on the first call.
+        places: positions it takes in the prompt: one for each row, or, where its rows stand
+            beside the tokens, the placeholder's own.
+        rows: float32 `(rows, width)`; computes them on the first call.
     """
 
     modality: str
     key: bytes
     text: str
-    count: int
+    places: int
     rows: Callable[[], Float32]
 
 
@@ -76,6 +77,7 @@ class _Sense:
     settings: Any
     layout: Layout
     stages: tuple[str, ...]
+    beside: bool
 
 
 class Perception:
@@ -143,7 +145,13 @@ class Perception:
                 self.timings.preprocess_ms += _ms(begun)
             return self._encode(key, sense, made, count)
 
-        return Item(modality, key, text, count, rows)
+        return Item(modality, key, text, 1 if sense.beside else count, rows)
+
+    def seen_by(self, modality: str, positions: list[int]) -> list[tuple[int, int]]:
+        """The span of tokens that sees each item, whose placeholders stand at `positions`."""
+        layout: Any = self._sense(modality).layout
+        spans: list[tuple[int, int]] = layout.seen_by(positions)
+        return spans
 
     def is_kept(self, item: Item) -> bool:
         """Whether an item's features are here already."""
@@ -173,16 +181,22 @@ class Perception:
                 fix="load a bundle of a model that does",
             )
         where = f"model.modalities.{modality}"
-        if declared.target != "embeddings":
-            raise UnsupportedBundle(
-                "this release cannot put features into states", where=f"{where}.target"
+        beside = declared.target == "states"
+        remembering = self._spec.stages.get(f"remember_{modality}")
+        layout = layout_of(declared, where)
+        if beside and (remembering is None or not hasattr(layout, "seen_by")):
+            raise CorruptBundle(
+                "features that go into states need a stage for it, and who sees them",
+                where=f"{where}.target",
+                expected=f"a stage remember_{modality}, and layout kind beside",
             )
         reader = reader_of(modality)
         self._senses[modality] = _Sense(
             reader=reader,
             settings=reader.settings(declared.settings, f"{where}.settings"),
-            layout=layout_of(declared, where),
+            layout=layout,
             stages=declared.stages,
+            beside=beside,
         )
         return self._senses[modality]
 
@@ -210,7 +224,12 @@ class Perception:
                     self.timings.project_ms += _ms(started)
                 else:
                     self.timings.encode_ms += _ms(started)
-            if value is None or value.ndim != 2 or value.shape[1] != self._spec.hidden_size:
+            fits = value is not None and value.ndim == 2
+            if (
+                value is None
+                or not fits
+                or (not sense.beside and value.shape[1] != self._spec.hidden_size)
+            ):
                 raise CorruptBundle(
                     "the last stage does not give rows of the backbone's width",
                     where=sense.stages[-1],

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_mmllm.errors import UsageError
 from edge_mmllm.modality import MODALITIES
-from edge_mmllm_runtime.prompted import Prompted, Span, identities
+from edge_mmllm_runtime.prompted import Look, Prompted, Span, identities
 
 if TYPE_CHECKING:
     from edge_mmllm_runtime.engine import Int64
@@ -54,7 +54,7 @@ def place_text(
         pattern = re.compile("|".join(re.escape(t) for t in sorted(inside, key=len)[::-1]))
         text = pattern.sub(lambda match: next(inside[match[0]]).text, text)
     ids = session.check_ids(session.text.encode(text, add_bos=add_bos))
-    lead = [spec[i.modality].token_id for i in front for _ in range(i.count)]
+    lead = [spec[i.modality].token_id for i in front for _ in range(i.places)]
     return _filled(session, np.concatenate([np.array(lead, np.int64), ids]), items)
 
 
@@ -67,9 +67,9 @@ def place_ids(session: Session, ids: Int64, media: Media) -> Prompted:
     items, spec = _items(session, media), session.spec.modalities
     for name, found in items.items():
         at = np.flatnonzero(ids == spec[name].token_id)
-        if len(at) == len(found) != sum(i.count for i in found):
+        if len(at) == len(found) != sum(i.places for i in found):
             counts = np.ones(len(ids), np.int64)
-            counts[at] = [i.count for i in found]
+            counts[at] = [i.places for i in found]
             ids = np.repeat(ids, counts)
     return _filled(session, ids, items)
 
@@ -138,24 +138,37 @@ def _items(session: Session, media: Media) -> dict[str, list[Item]]:
 
 def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -> Prompted:
     """The ids with the identities of rows in the place of placeholder ids."""
-    ids, spans = ids.copy(), list[Span]()
+    known, ids = ids, ids.copy()
+    spans: list[Span] = []
+    looks: list[Look] = []
     for name, modality in session.spec.modalities.items():
         own = items.get(name, ())
-        at = np.flatnonzero(ids == modality.token_id)
-        wanted = sum(item.count for item in own)
+        at = np.flatnonzero(known == modality.token_id)
+        wanted = sum(item.places for item in own)
         if len(at) != wanted:
             raise _mismatch(name, f"id {modality.token_id}", len(at), wanted)
         begin = 0
         for item in own:
-            places = at[begin : begin + item.count]
-            begin += item.count
-            ids[places] = identities(item.key, item.count)
-            cuts = np.flatnonzero(np.diff(places) != 1) + 1
-            first = 0
-            for run in np.split(places, cuts):
-                spans.append(Span(int(run[0]), len(run), first, item.rows))
-                first += len(run)
-    return Prompted(ids, tuple(spans))
+            places = at[begin : begin + item.places]
+            begin += item.places
+            ids[places] = identities(item.key, item.places)
+            if modality.target == "embeddings":
+                spans += _runs(places, item)
+        if modality.target == "states":
+            seen = session.perception.seen_by(name, at.tolist())
+            stage = f"remember_{name}"
+            looks += [Look(stage, *s, i.rows) for s, i in zip(seen, own, strict=True)]
+    if not (spans or looks):
+        return Prompted(known)
+    return Prompted(ids, tuple(spans), known, tuple(looks))
+
+
+def _runs(places: Int64, item: Item) -> Iterator[Span]:
+    """Spans of positions in a row; an item's rows may be apart."""
+    first = 0
+    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+        yield Span(int(run[0]), len(run), first, item.rows)
+        first += len(run)
 
 
 def _without_media(

@@ -51,17 +51,40 @@ class Span:
         )
 
 
+@dataclass(frozen=True)
+class Look:
+    """Rows that stand beside the tokens, in cross_kv states, and who sees them.
+
+    Attributes:
+        stage: what puts them there, e.g. `remember_image`.
+        start, end: positions of the first token of the prompt that sees them, and of the first
+            that does not any more.
+        rows: see `Span`.
+    """
+
+    stage: str
+    start: int
+    end: int
+    rows: Callable[[], Float32]
+
+
 @dataclass(frozen=True, eq=False)
 class Prompted:
     """A prompt.
 
     Attributes:
         ids: int64 `(n,)`, the identity of each position.
-        spans: where rows stand; every negative identity is covered.
+        spans: where rows stand in the token stream.
+        known: int64 `(n,)`, token ids: a placeholder's where `ids` is negative. None: `ids`.
+        looks: rows beside the tokens, of the whole prompt.
+        origin: of a part: its position in the whole prompt.
     """
 
     ids: Int64
     spans: tuple[Span, ...] = ()
+    known: Int64 | None = None
+    looks: tuple[Look, ...] = ()
+    origin: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,16 +92,29 @@ class Prompted:
     def __getitem__(self, part: slice) -> Prompted:
         begin, end, _ = part.indices(len(self.ids))
         cut = (span.within(begin, end) for span in self.spans)
-        return Prompted(self.ids[begin:end], tuple(span for span in cut if span is not None))
+        return Prompted(
+            self.ids[begin:end],
+            tuple(span for span in cut if span is not None),
+            None if self.known is None else self.known[begin:end],
+            self.looks,
+            self.origin + begin,
+        )
+
+    @property
+    def tokens(self) -> Int64:
+        """int64 `(n,)`, ids of the vocabulary at every position."""
+        return self.ids if self.known is None else self.known
 
     def load(self) -> None:
-        """Has the rows of every span computed now."""
+        """Has the rows of every span and look computed now."""
         for span in self.spans:
             span.rows()
+        for look in self.looks:
+            look.rows()
 
     def embeddings(self, embed: Callable[[Int64], Float32]) -> Float32:
         """float32 `(n, hidden)`: tokens through `embed`, rows in their places."""
-        out = embed(np.maximum(self.ids, 0))
+        out = embed(self.tokens)
         if not out.flags.writeable:
             out = out.copy()
         for span in self.spans:

@@ -108,8 +108,11 @@ def test_snapshot_inside_a_picture(name, families, tmp_path):
          "vision_tower.": "model.vision_tower.",
          "multi_modal_projector.": "model.multi_modal_projector."},
         {"vision_tower.": "vision_tower.vision_model."},
+        {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
+         "vision_tower.": "model.vision_tower.vision_model.",
+         "multi_modal_projector.": "model.multi_modal_projector."},
     ],
-    ids=["transformers5", "transformers4"],
+    ids=["transformers5", "transformers4", "between"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("llava")])
 def test_every_published_spelling(name, spelling, families, tmp_path):

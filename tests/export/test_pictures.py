@@ -289,6 +289,11 @@ def test_the_prompt_cache_knows_pictures(session):
     session.engine.forward = lambda x, p, rows: calls.append(p) or forward(x, p, rows)
     kept = session.prefill(session.encode(turn))
     assert calls == [cached]
+    assert session.perception.timings.encoded == 0
+    session.perception.forget()
+    session.reset()
+    session.prefill(session.encode(turn))
+    assert session.perception.timings.encoded == 0  # the restored beginning holds the picture
     session.prompt_cache.clear()
     session.reset()
     np.testing.assert_allclose(session.prefill(session.encode(turn)), kept, rtol=0, atol=1e-4)
@@ -354,7 +359,8 @@ def _with(**changes):
         ({"stages": ("encode_image",)}, CorruptBundle),
         ({"stages": ("embed",)}, CorruptBundle),
         ({"stages": ("decoder",)}, CorruptBundle),
-        ({"target": "states"}, UnsupportedBundle),
+        ({"target": "states"}, CorruptBundle),
+        ({"target": "states", "layout": {"kind": "beside", "sees": "run"}}, CorruptBundle),
     ],
 )
 def test_contradictions_are_found_on_use(changes, error, opened):

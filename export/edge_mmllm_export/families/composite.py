@@ -92,14 +92,27 @@ class Pathway:
     """How one modality reaches the backbone.
 
     Attributes:
-        encoder, projector: an `Encoder` and a `Projector`.
+        encoder, projector: an `Encoder` and a `Projector`, if there is one.
         modality: what the manifest says of it; its `stages` are filled in.
     """
 
     name: ModalityName
     encoder: Part
-    projector: Part
+    projector: Part | None
     modality: Modality
+
+    @property
+    def width(self) -> int:
+        """Of the rows."""
+        if self.projector is None:
+            return cast("int", self.encoder.component.width)
+        return cast("int", self.projector.component.hidden_size)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of its stages, in the order that an item passes them."""
+        names = (f"encode_{self.name}", f"project_{self.name}")
+        return names if self.projector is not None else names[:1]
 
 
 @dataclass(frozen=True)
@@ -151,12 +164,14 @@ class Composite:
         self.vocab_size, self.hidden_size = backbone.vocab_size, backbone.hidden_size
         self.layers, self.context_length = backbone.layers, backbone.context_length
         for path in self.pathways:
-            wide = getattr(path.projector.component, "hidden_size", self.hidden_size)
-            if wide != self.hidden_size and path.modality.target == "embeddings":
+            wanted = self.hidden_size
+            if path.modality.target == "states":
+                wanted = getattr(backbone, "memory_width", wanted)
+            if path.width != wanted:
                 raise CheckpointError(
-                    f"the projector of {path.name} does not fit the backbone",
-                    expected=f"rows of width {self.hidden_size}",
-                    found=str(wide),
+                    f"the features of {path.name} do not fit the backbone",
+                    expected=f"rows of width {wanted}",
+                    found=str(path.width),
                 )
 
     # -- as an architecture -----------------------------------------------------------------
@@ -166,7 +181,8 @@ class Composite:
         out = []
         for path in self.pathways:
             out.append((f"{path.name}.encoder.", path.encoder))
-            out.append((f"{path.name}.projector.", path.projector))
+            if path.projector is not None:
+                out.append((f"{path.name}.projector.", path.projector))
         return out + [(f"output.{slot}.", part) for slot, part in self.output.items()]
 
     def parameters(self) -> list[Parameter]:
@@ -212,7 +228,7 @@ class Composite:
         projector's, from signal tokens' hidden states to a generator's conditioning."""
         out = []
         for path in self.pathways:
-            encoder, projector = path.encoder.component, path.projector.component
+            encoder = path.encoder.component
             pixels = Port("pixels", "float32", _pixels(encoder))
             features = Port("features", "float32", ("rows", encoder.width))
             out.append(
@@ -225,13 +241,16 @@ class Composite:
                     _encode(encoder),
                 )
             )
+            if path.projector is None:
+                continue
+            projector, beside = path.projector.component, path.modality.target == "states"
             out.append(
                 StageDefinition(
                     f"project_{path.name}",
                     f"{path.name}.projector.",
                     _ports(projector, features),
-                    "inputs_embeds",
-                    self.hidden_size,
+                    "features" if beside else "inputs_embeds",
+                    path.width,
                     _project(projector, encoder.width),
                 )
             )
@@ -252,19 +271,15 @@ class Composite:
 
     def modalities(self) -> dict[str, Modality]:
         """What the manifest says of them."""
-        return {
-            path.name: replace(
-                path.modality, stages=(f"encode_{path.name}", f"project_{path.name}")
-            )
-            for path in self.pathways
-        }
+        return {path.name: replace(path.modality, stages=path.stages) for path in self.pathways}
 
     def components(self) -> tuple[Component, ...]:
         """The filled slots, in the order that data passes them."""
         out = []
         for path in self.pathways:
             out.append(_described("encoder", path.name, path.encoder))
-            out.append(_described("input_projector", path.name, path.projector))
+            if path.projector is not None:
+                out.append(_described("input_projector", path.name, path.projector))
         named = Part(self.backbone, self.renames.pairs[0][1] if self.renames.pairs else "")
         out.append(_described("backbone", None, named))
         out += [_described(slot, None, part) for slot, part in self.output.items()]
