@@ -23,6 +23,7 @@
     │   ├── CorruptMedia         damaged, cut short or empty
     │   ├── UnsupportedMedia     a format or a shape that is not read; says what to convert to
     │   └── MediaTooLarge        past the settings' limit (a decompression bomb); not decoded
+    ├── KernelError              the native kernels cannot be built or are not there
     └── SessionError             a running session cannot go on
         ├── ContextFull          no room for the tokens asked for
         ├── SessionClosed
@@ -163,6 +164,10 @@ class UnsupportedMedia(MediaError):
 
 class MediaTooLarge(MediaError):
     """More pixels, frames or samples than the settings allow; nothing of it was decoded."""
+
+
+class KernelError(EdgeError):
+    """The native kernels cannot be built, or were asked for and are not there."""
 
 
 class SessionError(EdgeError):

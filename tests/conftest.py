@@ -19,3 +19,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _stock_kernels():
+    """Tests do not depend on whether this machine has the native kernels built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_MMLLM_KERNELS", "stock")
+        yield

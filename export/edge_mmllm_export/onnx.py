@@ -13,11 +13,14 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from edge_mmllm.spec import CAPACITY, MEMORY, Stage
+from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm.spec import CAPACITY, MEMORY, NATIVE_DECODER, Stage
 from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
 from edge_mmllm_export.ops.base import Architecture, EncoderDecoder, Onlooker
+from edge_mmllm_export.ops.native import NativeOps
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
+from edge_mmllm_export.ops.onnx_weights import WeightStore
 from edge_mmllm_export.weights import Weight
 
 Inputs = Literal["ids", "embeds"]
@@ -84,6 +87,15 @@ def write_stages(
         stages["decoder"] = Stage(
             "decoder.onnx", tuple(graph.plain_inputs()), ("logits",), tuple(op.in_place)
         )
+        program = _native_decoder(model, weights, inputs, data, stored)
+        if program is not None:
+            program.save(folder / "decoder_native.onnx", {"stage": NATIVE_DECODER})
+            stages[NATIVE_DECODER] = Stage(
+                "decoder_native.onnx",
+                tuple(program.plain_inputs()),
+                ("logits",),
+                tuple(s.name for s in model.states()),
+            )
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -117,6 +129,46 @@ def _media_stage(
         data.close()
     ports = tuple(port.name for port in definition.ports)
     return Stage(f"{name}.onnx", ports, (definition.output,))
+
+
+def _native_decoder(
+    model: Architecture,
+    weights: Mapping[str, Weight],
+    inputs: Inputs,
+    data: TensorFile,
+    stored: dict[str, tuple[int, ...]],
+) -> GraphBuilder | None:
+    """The decoder as a program for the native kernels, over the weights that are there already;
+    None where they lack one of its ops."""
+    states = model.states()
+    if any(s.dtype != "float32" or s.kind == "cross_kv" for s in states):
+        return None
+    graph = GraphBuilder(NATIVE_DECODER, data)
+    if inputs == "ids":
+        graph.input("input_ids", "int64", ["seq"])
+    else:
+        graph.input("inputs_embeds", "float32", ["seq", model.hidden_size])
+    if any(s.kind == "kv" for s in states):
+        graph.input("position", "int64", [1])
+    graph.input("logit_rows", "int64", ["rows"])
+    for s in states:
+        graph.input(f"state.{s.name}", s.dtype, _symbolic(s.shape))
+    op = NativeOps(graph, WeightStore(graph, None, stored, None), states)
+    try:
+        # A program reads its token ids itself: what stands for them is never looked at.
+        x = (
+            op.given(model.hidden_size)
+            if inputs == "embeds"
+            else model.embed(op, weights, op.ids())
+        )
+        logits = model.decode(op, weights, x)
+    except UnsupportedArchitecture:
+        return None
+    op.finish(logits, source=inputs, hidden=model.hidden_size, vocab=model.vocab_size)
+    graph.output("logits", "float32", ["rows", model.vocab_size])
+    for s in states:
+        graph.output(f"next.{s.name}", s.dtype, _symbolic(s.shape))
+    return graph
 
 
 def _decoder(

@@ -39,6 +39,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     prepacked_cache: str | os.PathLike[str] | None = None,
+    kernels: str = "auto",
 ) -> Session:
     """Opens a bundle and makes it ready to run.
 
@@ -52,8 +53,12 @@ def load(
             anonymous memory and processes share them (see `prepacked.py`); made on first use.
             It takes about twice the bundle's size on disk. None: weights are repacked in memory
             at each load.
+        kernels: `native`: the library that `edge-mmllm kernels --build` makes; `stock`:
+            onnxruntime's own; `auto`: native where the library is built and the bundle has a
+            program for it, unless $EDGE_MMLLM_KERNELS says otherwise.
 
     Raises:
+        KernelError: `native` kernels that are not built here, or not in the bundle.
         BundleError: the bundle is damaged, unsafe or not for this release.
         MissingDependency: the engine's package is not installed.
         SessionError: no memory for the states, or the cache cannot be written.
@@ -69,6 +74,8 @@ def load(
     bundle = open_bundle(path)
     spec = bundle.spec
     name = _engine_name(engine, bundle.manifest.engine)
+    if kernels not in ("auto", "native", "stock"):
+        raise UsageError("unknown kernels", expected="auto | native | stock", found=repr(kernels))
     context = _whole("context", context)
     threads = _whole("threads", threads)
     context = _context(context, spec.context_length, any(s.grows for s in spec.states))
@@ -78,7 +85,7 @@ def load(
             expected=f"1 to {most_threads()}",
             found=str(threads),
         )
-    options = EngineOptions(threads or default_threads(), context, prepacked_cache)
+    options = EngineOptions(threads or default_threads(), context, prepacked_cache, kernels)
     open_engine = _opener(name)
 
     def make_text() -> Text:

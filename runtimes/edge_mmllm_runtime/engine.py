@@ -31,11 +31,13 @@ class EngineOptions:
         threads: to compute with.
         context: tokens to make room for; None where no state grows and there is no limit.
         prepacked_cache: folder for weights in the CPU's own layout; None for none.
+        kernels: `auto`, `native` or `stock`: see `native.wanted`.
     """
 
     threads: int
     context: int | None = None
     prepacked_cache: str | os.PathLike[str] | None = None
+    kernels: str = "auto"
 
 
 class Engine(Protocol):

@@ -22,11 +22,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_mmllm.bundle import Bundle
-from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
-from edge_mmllm.spec import ModelSpec, Stage, StateSpec
+from edge_mmllm.errors import CorruptBundle, KernelError, SessionError, UsageError
+from edge_mmllm.spec import NATIVE_DECODER, ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.hugepages import huge_pages
 from edge_mmllm_runtime.memory import Memory
+from edge_mmllm_runtime.native import wanted
 from edge_mmllm_runtime.prepacked import cached_graph
 from edge_mmllm_runtime.state import StateBuffers, allocate
 
@@ -54,7 +55,16 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
     """The engine of a bundle. See `OnnxEngine` for what it raises."""
     places: dict[str, Path] = {}
     stage = bundle.spec.stages.get("decoder")
-    if options.prepacked_cache is not None and stage is not None:
+    kernels = wanted(options.kernels)
+    if NATIVE_DECODER not in bundle.spec.stages:
+        if options.kernels == "native":
+            raise KernelError(
+                "the bundle has no program for the native kernels",
+                expected=f"a stage {NATIVE_DECODER}",
+                fix="export it anew; an architecture that they do not know stays without",
+            )
+        kernels = None
+    if kernels is None and options.prepacked_cache is not None and stage is not None:
         places[stage.file] = cached_graph(
             bundle.file(stage.file), bundle.sha256, options.prepacked_cache
         )
@@ -63,6 +73,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
         lambda path: places.get(path) or bundle.file(path),
         threads=options.threads,
         context=options.context,
+        kernels=kernels,
     )
 
 
@@ -74,6 +85,7 @@ class OnnxEngine:
         file: a bundle's path of a stage's file, e.g. `bundle.file`.
         threads: threads for one operator.
         context: tokens to make room for; ignored where no state grows.
+        kernels: the library that runs the stage `decoder_native`; None runs `decoder`.
 
     Raises:
         CorruptBundle: a graph is unreadable or does not keep the contract.
@@ -84,15 +96,23 @@ class OnnxEngine:
     version: str = ort.__version__
 
     def __init__(
-        self, spec: ModelSpec, file: Callable[[str], Path], *, threads: int, context: int | None
+        self,
+        spec: ModelSpec,
+        file: Callable[[str], Path],
+        *,
+        threads: int,
+        context: int | None,
+        kernels: Path | None = None,
     ) -> None:
         self._spec, self._file, self.threads = spec, file, threads
-        stage = spec.stages.get("decoder")
+        if kernels is not None:
+            self.version = f"{ort.__version__}, native kernels"
+        stage = spec.stages.get("decoder" if kernels is None else NATIVE_DECODER)
         if stage is None:
             raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
         self._inputs = frozenset(stage.inputs)
         self.accepts_embeddings = "inputs_embeds" in self._inputs
-        self._session = _open(file(stage.file), threads)
+        self._session = _open(file(stage.file), threads, kernels)
         self._memory = Memory(spec.states)
         own = tuple(s for s in spec.states if s.kind != "cross_kv")
         _check(self._session, spec, stage, spec.states, own)
@@ -295,11 +315,14 @@ def _value(array: NDArray[Any]) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def _open(path: Path, threads: int, kernels: Path | None = None) -> ort.InferenceSession:
     try:
+        options = session_options(threads)
+        if kernels is not None:
+            options.register_custom_ops_library(str(kernels))
         with huge_pages():
             return ort.InferenceSession(
-                path, sess_options=session_options(threads), providers=["CPUExecutionProvider"]
+                path, sess_options=options, providers=["CPUExecutionProvider"]
             )
     except Exception as error:  # onnxruntime's errors share no base class but this
         raise CorruptBundle(

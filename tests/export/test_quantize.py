@@ -53,22 +53,29 @@ def _errors(w, stored, size):
     return squares.reshape(len(w), -1, size).sum(-1)
 
 
+def _half(scale):
+    """Scales in float16's normal range as float16."""
+    held = (np.abs(scale) >= 2.0**-14) & (np.abs(scale) <= 65504)
+    return np.where(held, np.where(held, scale, 0).astype(np.float16), scale).astype(np.float64)
+
+
 def _plain(w, scheme):
-    """Round to nearest with the plain scale of each format (Q4_0, Q4_1, Q8_0; min..max), in
-    float64 and without a search."""
+    """Round to nearest with the plain scale of each format (Q4_0, Q4_1, Q8_0; min..max), held as
+    float16 where the format does so, in float64 and without a search."""
     size, top = scheme.block_size, 2**scheme.bits - 1
     padded = np.pad(w.astype(np.float64), ((0, 0), (0, -w.shape[1] % size)))
     blocks = padded.reshape(len(w), -1, size)
     high, low = blocks.max(-1, keepdims=True), blocks.min(-1, keepdims=True)
     if scheme.zero == "none":
         peak = np.where(high > -low, high, low)
-        scale = peak / -8 if scheme.bits == 4 else np.abs(peak) / 127
+        scale = _half(peak / -8 if scheme.bits == 4 else np.abs(peak) / 127)
         least, most = (-8, 7) if scheme.bits == 4 else (-127, 127)
         out = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)), least, most) * scale
     else:
         if scheme.zero == "int":
             high, low = np.maximum(high, 0), np.minimum(low, 0)
         scale = np.where(high > low, (high - low) / top, 1)
+        scale = _half(scale) if scheme.zero == "int" else scale
         zero = -low / scale if scheme.zero == "float" else np.rint(-low / scale)
         out = (np.clip(np.rint(blocks / scale + zero), 0, top) - zero) * scale
     return out.reshape(len(w), -1)[:, : w.shape[1]]
@@ -100,7 +107,7 @@ def test_symmetric_is_exact_on_its_own_grid():
     """Data that came from Q4_0: the code -8 is met in each block, in either sign."""
     q = RNG.integers(-8, 8, (8, 5, 32))
     q[..., 3] = -8
-    scale = RNG.choice([-1, 1], (8, 5, 1)) * RNG.uniform(0.01, 1, (8, 5, 1))
+    scale = RNG.choice([-1, 1], (8, 5, 1)) * RNG.uniform(0.01, 1, (8, 5, 1)).astype(np.float16)
     w = (q * scale).astype(np.float32).reshape(8, 160)
     np.testing.assert_allclose(_stored(w, Scheme(4, 32)), w, rtol=1e-6, atol=1e-7)
 
@@ -119,7 +126,8 @@ def test_integer_zero_is_exact_on_its_own_grid():
     q = RNG.integers(0, 16, (8, 5, 32))
     q[..., 4], q[..., 9] = 0, 15
     zero = RNG.integers(0, 16, (8, 5, 1))
-    w = ((q - zero) * RNG.uniform(0.01, 1, (8, 5, 1))).astype(np.float32).reshape(8, 160)
+    scale = RNG.uniform(0.01, 1, (8, 5, 1)).astype(np.float16).astype(np.float32)
+    w = ((q - zero) * scale).astype(np.float32).reshape(8, 160)
     np.testing.assert_allclose(_stored(w, Scheme(4, 32, "int")), w, rtol=1e-6, atol=1e-6)
 
 

@@ -54,7 +54,6 @@ class OnnxOps(OnnxVision, OnnxMemory):
         self.weights = WeightStore(graph, workers, {} if stored is None else stored, progress)
         self._seq: tuple[str, str] | None = None
         self._length: onnx_rwkv.Sequence | None = None
-        self._tables: dict[tuple[int, float], tuple[str, str]] = {}
         self._shared: dict[str, str] = {}
         self.written: set[str] = set()
         #: States whose next value may be written over the present one.
@@ -274,19 +273,6 @@ class OnnxOps(OnnxVision, OnnxMemory):
             self.graph.scope = scope
         return self._seq
 
-    def _rope_tables(self, spec: Attention) -> list[str]:
-        """cos and sin, with the square root of the attention scale multiplied in: q and k both
-        carry it, so the kernel multiplies by 1, for which it has a faster product."""
-        assert spec.rope is not None  # noqa: S101 - for the type checker
-        key = id(spec.rope.inv_freq), spec.scale
-        if key not in self._tables:
-            names = f"rope.{len(self._tables)}.cos", f"rope.{len(self._tables)}.sin"
-            for name, table in zip(names, spec.rope.tables(), strict=True):
-                offset = self.graph.external(name, "float32", table.shape)
-                self.graph.data.write(offset, table * np.float32(spec.scale**0.5))
-            self._tables[key] = names
-        return list(self._tables[key])
-
     def attention(
         self,
         q: Value,
@@ -329,11 +315,11 @@ class OnnxOps(OnnxVision, OnnxMemory):
                 qkv[i] = self._head_norm(qkv[i], (q, k)[i].width, weight, spec.norm_eps)
         if spec.rope is not None and not fused_rope:
             for i, heads in enumerate((spec.heads, spec.kv_heads)):
-                rotated = [qkv[i], "position", *self._rope_tables(spec)]
+                rotated = [qkv[i], "position", *self.weights.rope(spec.rope, spec.scale)]
                 qkv[i] = g.microsoft("RotaryEmbedding", rotated, num_heads=heads)[0]
         inputs = [*qkv, f"state.{k_state.name}", f"state.{v_state.name}", *self._sequence()]
-        if fused_rope:
-            inputs += self._rope_tables(spec)
+        if spec.rope is not None and fused_rope:
+            inputs += self.weights.rope(spec.rope, spec.scale)
         if spec.relative is not None:
             inputs += [""] * (10 - len(inputs)) + [self._distances(spec.relative)]
         name = g.fresh("attention")

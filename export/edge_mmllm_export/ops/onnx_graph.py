@@ -35,10 +35,15 @@ _TYPES: dict[str, int] = {
 
 
 class TensorFile:
-    """Append-only file of tensors; regions are reserved first and filled in any order."""
+    """Append-only file of tensors; regions are reserved first and filled in any order.
+
+    Attributes:
+        constants: offsets of constants by name, so that the graphs of a bundle share them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.constants: dict[str, int] = {}
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._end = 0
 
@@ -111,6 +116,7 @@ class GraphBuilder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._names: dict[str, int] = {}
+        self._own_domains: set[str] = set()
         self._lock = threading.Lock()
         self.scope = ""
 
@@ -135,6 +141,8 @@ class GraphBuilder:
             stem = op.lower()
             outputs = [self.fresh(f"{stem}:{i}" if i else stem) for i in range(outputs)]
         attributes = {k: v for k, v in attributes.items() if v is not None}
+        if domain not in ("", "com.microsoft"):
+            self._own_domains.add(domain)
         self._nodes.append(
             helper.make_node(
                 op, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes
@@ -161,6 +169,10 @@ class GraphBuilder:
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, _TYPES[dtype], list(shape)))
         return name
+
+    def inputs(self) -> list[str]:
+        """Names of the graph's inputs, in order."""
+        return [i.name for i in self._inputs]
 
     def plain_inputs(self) -> list[str]:
         """Names of the graph's inputs, states left out."""
@@ -215,7 +227,11 @@ class GraphBuilder:
     def fixed(self, name: str, values: NDArray[np.float32]) -> str:
         """A float32 constant in the data file, written once."""
         if not self.has(name):
-            self.data.write(self.external(name, "float32", values.shape), values)
+            known = self.data.constants.get(name)
+            offset = self.external(name, "float32", values.shape, known)
+            if known is None:
+                self.data.write(offset, values)
+                self.data.constants[name] = offset
         return name
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
@@ -234,6 +250,7 @@ class GraphBuilder:
             opset_imports=[
                 helper.make_opsetid("", OPSET),
                 helper.make_opsetid("com.microsoft", MICROSOFT_OPSET),
+                *(helper.make_opsetid(domain, 1) for domain in sorted(self._own_domains)),
             ],
         )
         helper.set_model_props(model, metadata)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.errors import NonFiniteWeights
+from edge_mmllm_export.ops.base import Rope
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
 from edge_mmllm_export.weights import Weight
@@ -38,6 +39,7 @@ class WeightStore:
         self.graph, self._workers, self._stored = graph, workers, stored
         self._progress = progress or (lambda _: None)
         self._pending: list[Future[None]] = []
+        self._tables: dict[tuple[int, float], tuple[str, str]] = {}
 
     def finish(self) -> None:
         """Wait until every weight is on disk; the first failure is raised."""
@@ -172,9 +174,7 @@ class WeightStore:
                 np.zeros(v.shape[0], np.float32) if own is None else own.values
                 for own, v in zip(bias, w, strict=True)
             ]
-            values = np.concatenate(parts)
-            offset = self.graph.external(name, "float32", values.shape)
-            self.graph.data.write(offset, values)
+            self.graph.fixed(name, np.concatenate(parts))
             self._progress(sum(own.size for own in bias if own is not None))
         return name
 
@@ -186,10 +186,21 @@ class WeightStore:
         return w.name + suffix
 
     def ones(self, width: int) -> str:
-        g, name = self.graph, f"ones.{width}"
-        if not g.has(name):
-            g.data.write(g.external(name, "float32", (width,)), np.ones(width, np.float32))
-        return name
+        return self.graph.fixed(f"ones.{width}", np.ones(width, np.float32))
+
+    def rope(self, rope: Rope, scale: float) -> tuple[str, str]:
+        """cos and sin `(length, head_dim / 2)` with the square root of the attention scale
+        multiplied in: q and k both carry it, so that a kernel multiplies by 1, for which it may
+        have a faster product."""
+        key = id(rope.inv_freq), scale
+        if key not in self._tables:
+            cos, sin = (table * np.float32(scale**0.5) for table in rope.tables())
+            stem = f"rope.{len(self._tables)}"
+            self._tables[key] = (
+                self.graph.fixed(f"{stem}.cos", cos),
+                self.graph.fixed(f"{stem}.sin", sin),
+            )
+        return self._tables[key]
 
 
 def _within(w: Weight, tile: NDArray[np.float32]) -> NDArray[np.float32]:

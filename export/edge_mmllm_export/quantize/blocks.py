@@ -115,16 +115,16 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
     if bits == 8:
         # Symmetric in [-127, 127]: nothing to search at this width.
         largest = np.maximum(high, -low)
-        inverse = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > _TINY)
+        scale = _to_half(largest / np.float32(127.0))
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=largest > _TINY)
         codes = w * inverse
         np.rint(codes, out=codes)
         codes += half
-        return codes.astype(np.uint8), largest / np.float32(127.0)
+        return codes.astype(np.uint8), scale
     # The largest weight by magnitude, with its sign, goes to -half, the one code more.
     peak = np.where(high > -low, high, low)
     inverse_peak = np.divide(-half, peak, out=np.zeros_like(peak), where=abs(peak) > _TINY)
     best_gain = np.full(w.shape[1], -1.0, np.float32)
-    best_inverse = np.zeros(w.shape[1], np.float32)
     best_scale = np.zeros(w.shape[1], np.float32)
     q = np.empty_like(w)
     product = np.empty_like(w)
@@ -137,11 +137,22 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
         gain = dot * scale
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)
-        np.copyto(best_inverse, inverse, where=better)
         np.copyto(best_scale, scale, where=better)
-    _round_to_codes(w, best_inverse, half, out=q)
+    best_scale = _to_half(best_scale)
+    inverse = np.divide(1.0, best_scale, out=np.zeros_like(best_scale), where=best_scale != 0)
+    _round_to_codes(w, inverse, half, out=q)
     q += half
     return q.astype(np.uint8), best_scale
+
+
+def _to_half(scale: Float32) -> Float32:
+    """Scales as float16 holds them, where it holds them well: 2^-11 of a step is lost, and the
+    native kernels and GGUF store them in half the bytes."""
+    limits = np.finfo(np.float16)
+    rounded = np.clip(scale, -65504, 65504).astype(np.float16).astype(np.float32)
+    size = np.abs(scale)
+    held = (size >= float(limits.tiny)) & (size <= float(limits.max))
+    return np.where(held, rounded, scale).astype(np.float32)
 
 
 def _round_to_codes(w: Float32, inverse: Float32, half: np.float32, *, out: Float32) -> None:
@@ -169,6 +180,8 @@ def _asymmetric(w: Float32, scheme: Scheme) -> tuple[UInt8, Float32, Float32]:
     for factor in _ASYMMETRIC_SEARCH:
         bottom = middle - radius * np.float32(factor)
         scale = radius * np.float32(2 * factor / top)
+        if whole:
+            scale = _to_half(scale)
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > _TINY)
         if whole:
             zero = np.clip(np.rint(-bottom * inverse), 0, top)
