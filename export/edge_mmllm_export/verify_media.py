@@ -6,6 +6,8 @@ oracle's; what the decoder says after the picture is compared as for text.
 
 from __future__ import annotations
 
+import io
+import wave
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,9 +53,40 @@ def picture() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def animation() -> bytes:
+    """A GIF of eight frames of 48 x 40 pixels, in which a disc moves."""
+    from PIL import Image
+
+    y, x = np.mgrid[:40, :48]
+    frames = []
+    for i in range(8):
+        image = np.stack([x * 5, y * 6, 128 + 0 * x], axis=-1)
+        image[(y - 20) ** 2 + (x - 6 - 5 * i) ** 2 < 60] = (240, 40, 30)
+        frames.append(Image.fromarray(image.astype(np.uint8)))
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0)
+    return out.getvalue()
+
+
+def sound() -> bytes:
+    """Two seconds of a rising tone with noise, as 16-bit WAV of 16 kHz."""
+    t = np.arange(32000) / 16000
+    wave_ = 0.5 * np.sin(2 * np.pi * (220 * t + 180 * t * t)) * np.exp(-t)
+    wave_ += 0.02 * np.random.default_rng(0).standard_normal(len(t))
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes((np.clip(wave_, -1, 1) * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
 #: Modality -> (suffix of its sample's file, what makes it). One without a sample is not judged.
 SAMPLES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "image": (".png", picture),
+    "video": (".gif", animation),
+    "audio": (".wav", sound),
 }
 
 
