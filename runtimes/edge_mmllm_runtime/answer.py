@@ -97,6 +97,7 @@ def run(
     files.check()
     started = time.perf_counter()
     with load(path, threads=threads, context=context) as session:
+        session.perception.keep_stages = False  # there is one prompt
         restored = 0 if files.load is None else session.load_state(files.load)
         load_ms = (time.perf_counter() - started) * 1e3
         given = answer(

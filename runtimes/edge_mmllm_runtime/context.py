@@ -183,6 +183,7 @@ class Context:
             if isinstance(x, Prompted):
                 x[restored:].load()
                 self._look(x)
+            self.perception.settle()
             started = time.perf_counter()
             for begin in range(restored, total, self.chunk):
                 if begin and progress is not None:

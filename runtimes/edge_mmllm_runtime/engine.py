@@ -127,7 +127,8 @@ class Engine(Protocol):
         ...
 
     def load_stage(self, name: str) -> bool:
-        """Loads a stage beside the decoder, if it is not loaded; whether it had to be."""
+        """Loads a stage, if it is not loaded; whether it had to be. The decoder of a bundle with
+        modalities is loaded when it is first used, any other with the engine."""
         ...
 
     def run_stage(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:

@@ -32,6 +32,13 @@ def huge_pages(maps: Path = Path("/proc/self/maps")) -> Iterator[None]:
         _advise(start, stop)
 
 
+def give_back() -> None:
+    """Has glibc return what was freed to the system; elsewhere nothing happens."""
+    if sys.platform.startswith("linux"):
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def _anonymous(maps: Path) -> Iterator[tuple[int, int]]:
     """Address ranges `(start, stop)` of private writable memory without a file: mappings of
     their own, and the heap, where the smaller weights lie."""

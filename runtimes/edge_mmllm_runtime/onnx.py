@@ -25,7 +25,7 @@ from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, KernelError, SessionError, UsageError
 from edge_mmllm.spec import NATIVE_DECODER, ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
-from edge_mmllm_runtime.hugepages import huge_pages
+from edge_mmllm_runtime.hugepages import give_back, huge_pages
 from edge_mmllm_runtime.memory import Memory
 from edge_mmllm_runtime.native import wanted
 from edge_mmllm_runtime.prepacked import cached_graph
@@ -112,10 +112,10 @@ class OnnxEngine:
             raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
         self._inputs = frozenset(stage.inputs)
         self.accepts_embeddings = "inputs_embeds" in self._inputs
-        self._session = _open(file(stage.file), threads, kernels)
+        self._session: ort.InferenceSession | None = None
+        self._decoder, self._kernels = stage, kernels
         self._memory = Memory(spec.states)
         own = tuple(s for s in spec.states if s.kind != "cross_kv")
-        _check(self._session, spec, stage, spec.states, own)
         grows = any(s.grows for s in spec.states)
         if grows and context is None:
             raise UsageError("a model whose state grows needs a context", expected="tokens")
@@ -124,9 +124,19 @@ class OnnxEngine:
         self._in_place, self._lost = bool(stage.in_place), False
         self.state_capacity_bytes = self._states.size_bytes
         self._stages: dict[str, ort.InferenceSession] = {}
-        self._prepare()
+        self._step_bindings: list[tuple[Any, Any]] = []
+        if not spec.modalities:  # else on first use: pictures are encoded without it in memory
+            self._wake()
 
-    def _prepare(self) -> None:
+    def _wake(self) -> None:
+        """Loads the decoder."""
+        path = self._file(self._decoder.file)
+        session = _open(path, self.threads, self._kernels)
+        _check(session, self._spec, self._decoder, self._spec.states, self._states.specs)
+        self._session = session
+        self._prepare(session)
+
+    def _prepare(self, session: ort.InferenceSession) -> None:
         """Binds the states both ways round, and the fixed inputs and output of a step."""
         spec = self._spec
         width = spec.hidden_size if self.accepts_embeddings else 2
@@ -139,11 +149,13 @@ class OnnxEngine:
         self._logits: Float32 = logits.view(np.float32).reshape(1, spec.vocab_size)
         self._logits_row: Float32 = self._logits[0]
         self._logits_value = _value(self._logits)
-        self._run = self._session._sess.run_with_iobinding
+        self._run = session._sess.run_with_iobinding
         values = {
             name: (_value(even), _value(odd)) for name, (even, odd) in self._states.pairs.items()
         }
-        bindings = [(self._bind(values, p), self._bind(values, p)) for p in (0, 1)]
+        bindings = [
+            (self._bind(session, values, p), self._bind(session, values, p)) for p in (0, 1)
+        ]
         self._prefills = tuple(prefill for prefill, _ in bindings)
         self._steps = tuple(step._iobinding for _, step in bindings)
         for _, step in bindings:
@@ -165,9 +177,11 @@ class OnnxEngine:
                 for binding in pair:
                     binding.bind_ortvalue_input(f"state.{name}", value)
 
-    def _bind(self, values: dict[str, tuple[Any, Any]], parity: int) -> Any:
+    def _bind(
+        self, session: ort.InferenceSession, values: dict[str, tuple[Any, Any]], parity: int
+    ) -> Any:
         """A binding that reads states from buffers `parity` and writes them to the others."""
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         for name, pair in values.items():
             binding.bind_ortvalue_input(f"state.{name}", pair[parity])
             binding.bind_ortvalue_output(f"next.{name}", pair[1 - parity])
@@ -177,6 +191,8 @@ class OnnxEngine:
 
     def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
         """See `Engine.forward`."""
+        if self._session is None:
+            self._wake()
         binding = self._prefills[self._states.parity]
         if chunk.dtype == np.int64 and self.accepts_embeddings:
             chunk = self.embed(np.asarray(chunk, np.int64))
@@ -196,6 +212,8 @@ class OnnxEngine:
 
     def step(self, token: int, position: int) -> Float32:
         """See `Engine.step`."""
+        if self._session is None:
+            self._wake()
         self._token[0] = token
         self._position[0] = position
         if self.accepts_embeddings:
@@ -222,7 +240,10 @@ class OnnxEngine:
 
     def load_stage(self, name: str) -> bool:
         """See `Engine.load_stage`."""
-        if name in self._stages:
+        if name == "decoder" and self._session is None:
+            self._wake()
+            return True
+        if name in self._stages or name == "decoder":
             return False
         stage = self._spec.stages.get(name)
         if stage is None:
@@ -265,7 +286,10 @@ class OnnxEngine:
 
     def release(self, name: str) -> bool:
         """See `Engine.release`."""
-        return self._stages.pop(name, None) is not None
+        if self._stages.pop(name, None) is None:
+            return False
+        give_back()
+        return True
 
     def clear(self) -> None:
         """See `Engine.clear`."""
@@ -306,8 +330,9 @@ class OnnxEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._stages.clear()
-        del self._run, self._steps, self._step_bindings, self._prefills, self._logits_value
-        del self._states, self._memory, self._session
+        if self._session is not None:
+            del self._run, self._steps, self._prefills, self._logits_value
+        del self._states, self._memory, self._step_bindings, self._session
 
 
 def _value(array: NDArray[Any]) -> ort.OrtValue:

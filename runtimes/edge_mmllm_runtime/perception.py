@@ -90,6 +90,8 @@ class Perception:
     Attributes:
         timings: since the last `restart`.
         limit_bytes: of kept features; the ones used least recently go first.
+        keep_stages: False releases the stages as soon as a prompt's items are encoded, so that
+            they are not in memory together with the decoder.
     """
 
     def __init__(self, engine: Callable[[], Engine], spec: ModelSpec) -> None:
@@ -98,6 +100,7 @@ class Perception:
         self._features: OrderedDict[bytes, Float32] = OrderedDict()
         self._known: dict[bytes, tuple[str, int]] = {}
         self.timings, self.limit_bytes = Timings(), DEFAULT_LIMIT_BYTES
+        self.keep_stages = True
 
     @property
     def size_bytes(self) -> int:
@@ -156,6 +159,16 @@ class Perception:
     def is_kept(self, item: Item) -> bool:
         """Whether an item's features are here already."""
         return item.key in self._features
+
+    def settle(self) -> None:
+        """A prompt's items are encoded; what comes next is the decoder's."""
+        if not self.keep_stages:
+            for modality in self._spec.modalities.values():
+                for name in modality.stages:
+                    self._engine().release(name)
+        started = time.perf_counter()
+        if self._spec.modalities and self._engine().load_stage("decoder"):
+            self.timings.load_ms += _ms(started)
 
     def release(self, stage: str) -> bool:
         """See `Session.release`."""

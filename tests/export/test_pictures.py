@@ -237,6 +237,28 @@ def test_stages_are_loaded_when_used_and_released(session):
             session.release(wrong)
 
 
+def test_the_decoder_waits_until_the_pictures_are_encoded(session):
+    engine = session.engine
+    assert engine._session is None
+    session.perception.keep_stages = False
+    loaded = []
+    run = engine.run_stage
+    engine.run_stage = lambda name, given: loaded.append(engine._session) or run(name, given)
+    prompt = session.encode("what <image>", {"image": [FIRST]})
+    assert engine._session is None
+    expected = session.prefill(prompt)
+    assert loaded[:2] == [None, None]
+    assert engine._session is not None
+    assert set(engine._stages) == {"embed"}
+    session.reset()
+    np.testing.assert_array_equal(session.prefill(prompt), expected)
+
+
+def test_a_session_that_did_nothing_can_be_closed(session):
+    session.reset()
+    session.snapshot()
+
+
 def test_release_after_close(session):
     session.close()
     with pytest.raises(SessionClosed):
