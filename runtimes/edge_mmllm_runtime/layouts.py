@@ -83,10 +83,31 @@ class Beside(Plain):
         return list(zip(positions, ends, strict=False))
 
 
+class Tiles(Plain):
+    """Idefics3: the tiles of a picture row by row, then the whole picture, each introduced by
+    words: `fence`, then `tile` (with `{row}` and `{column}`, from 1) or `whole`."""
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        super().__init__(modality, fields)
+        self._fence, self._whole = fields.text("fence"), fields.text("whole")
+        self._tile = fields.text("tile")
+
+    def text(self, item: Prepared) -> str:
+        rows, columns = item.shape.grid
+        each, out = self._placeholder * self._tokens, ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                name = self._tile.replace("{row}", str(row)).replace("{column}", str(column))
+                out += self._fence + name + each
+            out += "\n"
+        return out + "\n" * bool(rows) + self._fence + self._whole + each + self._fence
+
+
 #: `layout.kind` -> what interprets it: `(modality, fields of the layout) -> Layout`.
 LAYOUTS: dict[str, Any] = {
     "plain": Plain,
     "beside": Beside,
+    "tiles": Tiles,
 }
 
 

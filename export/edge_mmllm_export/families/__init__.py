@@ -17,6 +17,8 @@ from edge_mmllm_export.families.composite import Composite
 FAMILIES = {
     "llava": "llava:llava",
     "vl_mamba": "llava:llava",
+    "idefics3": "idefics3:idefics3",
+    "smolvlm": "idefics3:idefics3",
 }
 
 

@@ -112,6 +112,8 @@ def backbone(
     from edge_mmllm_export.models import ARCHITECTURES, build
 
     config = part(checkpoint, "text_config", TEXT_DEFAULTS, "llama")
+    if checkpoint.config.get("tie_word_embeddings") is True:  # transformers 5 says it there only
+        config["tie_word_embeddings"] = True
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
         raise UnsupportedArchitecture(
