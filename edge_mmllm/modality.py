@@ -80,6 +80,8 @@ class Modality:
         placement: `text`: where the placeholder stands; `front`: before the whole prompt.
         target: `embeddings`: rows stand in the token stream; `states`: they go into cross_kv
             states that the last stage writes, and the placeholder stays a token.
+        text_tokenizer: a `tokenizer.json` of the bundle: the prompt's text goes through it and to
+            the stages as `text_ids` (InstructBLIP's Q-Former); None where they read none.
     """
 
     stages: tuple[str, ...]
@@ -90,6 +92,7 @@ class Modality:
     settings: dict[str, Any]
     placement: Placement = "text"
     target: Target = "embeddings"
+    text_tokenizer: str | None = None
 
     @classmethod
     def from_json(cls, fields: Fields, vocab_size: int, stages: Collection[str]) -> Modality:
@@ -119,4 +122,5 @@ class Modality:
             settings=fields.mapping("settings"),
             placement=cast(Placement, fields.one_of("placement", get_args(Placement))),
             target=cast(Target, fields.one_of("target", get_args(Target))),
+            text_tokenizer=fields.maybe_text("text_tokenizer"),
         )

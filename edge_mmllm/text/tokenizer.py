@@ -78,30 +78,32 @@ class Text:
             ) from error
 
     @cached_property
-    def _prefix(self) -> tuple[int, ...]:
-        """Ids that the tokenizer's post-processor puts before a text, found by a trial."""
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids that the tokenizer's post-processor puts before and after a text, found by a
+        trial."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         full = self._tokenizer.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
-                return tuple(full[:start])
-        return ()
+                return tuple(full[:start]), tuple(full[start + len(plain) :])
+        return (), ()
 
     @cached_property
     def _special(self) -> frozenset[int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool | None = None, whole: bool = False) -> list[int]:
         """Token ids of a prompt.
 
         Special tokens written out in the text become their ids. BOS comes first once at most: it
         is not added to a text that begins with it. What a post-processor would put after the
-        text (EOS) is left out: a prompt is there to be continued.
+        text (EOS) is left out, unless `whole`: a prompt is there to be continued.
 
         Args:
             text: any text.
             add_bos: None: as the checkpoint does. True or False: with or without BOS.
+            whole: nothing follows the text, since an encoder reads it.
 
         Raises:
             UsageError: no tokenizer; no BOS to add; not Unicode text.
@@ -111,12 +113,13 @@ class Text:
         except UnicodeEncodeError as error:
             raise UsageError("the text is not valid Unicode", found=str(error)) from error
         prefix: tuple[int, ...] = ()
+        suffix: tuple[int, ...] = ()
         if self.spec.tokenizer == "bytes":
             ids = list(data)
         elif self.spec.tokenizer == "rwkv-world":
             ids = self._world.encode(data)
         else:
-            prefix = self._prefix
+            prefix, suffix = self._around
             ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         bos = self.spec.bos_id
         if add_bos and bos is None:
@@ -129,7 +132,9 @@ class Text:
             prefix = ()
         elif bos is not None and ids[:1] == [bos]:
             prefix = tuple(i for i in prefix if i != bos)
-        return [*prefix, *ids]
+        if not whole or (suffix and ids[-len(suffix) :] == list(suffix)):
+            suffix = ()
+        return [*prefix, *ids, *suffix]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8 show as U+FFFD; unknown ids as nothing.

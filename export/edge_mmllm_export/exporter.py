@@ -116,6 +116,9 @@ def export(
         if job.text.tokenizer_json is not None:
             file = TOKENIZER_FILES[job.text.spec.tokenizer]
             writer.path(file).write_bytes(job.text.tokenizer_json)
+        if isinstance(job.model, Composite):
+            for file, content in job.model.files.items():
+                writer.path(file).write_bytes(content)
         manifest = Manifest(
             engine="onnx",
             engine_format={"opset": 21, "data": "weights.bin"},

@@ -312,7 +312,7 @@ def _media(
         prompts = []
         for bound in (weights, stored):
             stages = verify_media.OracleStages(model, bound)
-            session.perception = Perception(partial(_same, stages), session.spec)
+            session.perception = Perception(partial(_same, stages), session.spec, own.read_file)
             prompts.append((bound, session.encode(ids, {name: [path]})))
         session.perception = own
 

@@ -134,13 +134,19 @@ def answers_from(prompt: Prompted) -> int:
 
 
 def oracle_logits(
-    model: Composite, weights: Mapping[str, Weight], session_prompt: Prompted
+    model: Composite,
+    weights: Mapping[str, Weight],
+    session_prompt: Prompted,
+    answer: Int64 | None = None,
 ) -> Float32:
-    """The oracle's logits for all positions of a prompt whose rows are the oracle's too."""
+    """The oracle's logits for all positions of a prompt whose rows are the oracle's too, or of an
+    answer to it, by an encoder-decoder."""
     oracle = Oracle(model, weights)
     x = session_prompt.embeddings(oracle.embed)
     oracle.start(x)
     for look in session_prompt.looks:
         oracle.look(look.rows(), (look.start, look.end))
+    if answer is not None:
+        return oracle.forward(answer)
     logits: Float32 = oracle.forward_embeddings(x)
     return logits

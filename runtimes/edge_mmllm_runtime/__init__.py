@@ -92,7 +92,11 @@ def load(
         file = TOKENIZER_FILES.get(spec.text.tokenizer)
         return Text(spec.text, bundle.file(file).read_bytes() if file else None)
 
-    return Session(open_engine(bundle, options), spec, bundle.sha256, make_text, context=context)
+    def read_file(name: str) -> bytes:
+        return bundle.file(name).read_bytes()
+
+    engine_ = open_engine(bundle, options)
+    return Session(engine_, spec, bundle.sha256, make_text, context=context, read_file=read_file)
 
 
 def most_threads() -> int:

@@ -53,6 +53,7 @@ class Context:
         bundle_sha256: identity of the bundle; snapshots are bound to it.
         context: tokens the session may hold; None for no limit.
         chunk: tokens of one prefill run.
+        read_file: gives a file of the bundle, for what is loaded when it is needed.
 
     Attributes:
         prompt_cache: states of prompts that `prefill` need not read again.
@@ -67,12 +68,13 @@ class Context:
         *,
         context: int | None = None,
         chunk: int = CHUNK,
+        read_file: Callable[[str], bytes] | None = None,
     ) -> None:
         self.spec, self.bundle_sha256, self.chunk = spec, bundle_sha256, chunk
         self.context = context
         self.prompt_cache = PromptCache()
         self._beside = any(m.target == "states" for m in spec.modalities.values())
-        self.perception = Perception(lambda: self.engine, spec)
+        self.perception = Perception(lambda: self.engine, spec, read_file)
         self._engine: Engine | None = engine
         self._position = 0
         self._tokens: array[int] | None = array("i")

@@ -56,7 +56,8 @@ def encode_prompt(session: Session, prompt: Prompt, media: Media | None = None) 
         if isinstance(asked, str):
             if session.spec.modalities:
                 return place_text(session, asked, given)
-            return Prompted(session.check_ids(session.text.encode(asked)))
+            whole = session.spec.decoder_start_id is not None
+            return Prompted(session.check_ids(session.text.encode(asked, whole=whole)))
         prompt = asked
     if isinstance(prompt, Mapping):
         raise UsageError("messages come in a list", expected="[{'role': ..., 'content': ...}]")

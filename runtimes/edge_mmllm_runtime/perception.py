@@ -10,15 +10,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_mmllm.errors import CorruptBundle, UsageError
-from edge_mmllm.spec import ModelSpec
-from edge_mmllm_runtime.engine import Engine, Float32
+from edge_mmllm.spec import ModelSpec, TextSpec
+from edge_mmllm_runtime.engine import Engine, Float32, Int64
 from edge_mmllm_runtime.layouts import Layout, layout_of
 from edge_mmllm_runtime.media import Prepared, Reader, reader_of
+
+if TYPE_CHECKING:
+    from edge_mmllm.text import Text
 
 #: Room for some thirty pictures of LLaVA-1.5 (576 rows of 4096).
 DEFAULT_LIMIT_BYTES = 256 << 20
@@ -78,6 +81,7 @@ class _Sense:
     layout: Layout
     stages: tuple[str, ...]
     beside: bool
+    text: Text | None
 
 
 class Perception:
@@ -86,6 +90,7 @@ class Perception:
     Args:
         engine: the session's.
         spec: the model.
+        read_file: gives a file of the bundle; needed where stages read the prompt's text.
 
     Attributes:
         timings: since the last `restart`.
@@ -94,8 +99,13 @@ class Perception:
             they are not in memory together with the decoder.
     """
 
-    def __init__(self, engine: Callable[[], Engine], spec: ModelSpec) -> None:
-        self._engine, self._spec = engine, spec
+    def __init__(
+        self,
+        engine: Callable[[], Engine],
+        spec: ModelSpec,
+        read_file: Callable[[str], bytes] | None = None,
+    ) -> None:
+        self._engine, self._spec, self.read_file = engine, spec, read_file
         self._senses: dict[str, _Sense] = {}
         self._features: OrderedDict[bytes, Float32] = OrderedDict()
         self._known: dict[bytes, tuple[str, int]] = {}
@@ -115,8 +125,16 @@ class Perception:
         """Drops all kept features."""
         self._features.clear()
 
-    def item(self, modality: str, source: Any) -> Item:
+    def reads_text(self, modality: str) -> bool:
+        """Whether the stages of a modality read the prompt's text as well."""
+        declared = self._spec.modalities.get(modality)
+        return declared is not None and declared.text_tokenizer is not None
+
+    def item(self, modality: str, source: Any, text: str = "") -> Item:
         """Identifies and, where it was not seen before, prepares one item.
+
+        Args:
+            text: of the prompt, for stages that read it.
 
         Raises:
             UsageError: the bundle does not understand this modality; no such file.
@@ -126,14 +144,18 @@ class Perception:
         sense = self._sense(modality)
         started = time.perf_counter()
         content, source = sense.reader.identify(source)
-        key = hashlib.sha256(modality.encode() + b"\0" + content).digest()
+        own = hashlib.sha256(modality.encode() + b"\0" + content).digest()
         prepared: Prepared | None = None
-        if key not in self._known:
+        if own not in self._known:
             prepared = sense.reader.prepare(source, sense.settings)
-            self._known[key] = sense.layout.text(prepared), sense.layout.count(prepared)
+            self._known[own] = sense.layout.text(prepared), sense.layout.count(prepared)
         self.timings.items += 1
         self.timings.preprocess_ms += _ms(started)
-        text, count = self._known[key]
+        mark, count = self._known[own]
+        key, text_ids = own, None
+        if sense.text is not None:
+            text_ids = np.array(sense.text.encode(text, whole=True), np.int64)
+            key = hashlib.sha256(own + text_ids.tobytes()).digest()
         held = [prepared]  # its pixels go once they are encoded
 
         def rows() -> Float32:
@@ -146,9 +168,9 @@ class Perception:
                 begun = time.perf_counter()
                 made = sense.reader.prepare(source, sense.settings)
                 self.timings.preprocess_ms += _ms(begun)
-            return self._encode(key, sense, made, count)
+            return self._keep(key, self._encode(own, sense, made, count, text_ids))
 
-        return Item(modality, key, text, 1 if sense.beside else count, rows)
+        return Item(modality, key, mark, 1 if sense.beside else count, rows)
 
     def seen_by(self, modality: str, positions: list[int]) -> list[tuple[int, int]]:
         """The span of tokens that sees each item, whose placeholders stand at `positions`."""
@@ -210,21 +232,47 @@ class Perception:
             layout=layout,
             stages=declared.stages,
             beside=beside,
+            text=self._tokenizer(declared.text_tokenizer, f"{where}.text_tokenizer"),
         )
         return self._senses[modality]
 
-    def _encode(self, key: bytes, sense: _Sense, item: Prepared, count: int) -> Float32:
-        """Runs the stages over an item and keeps the rows."""
+    def _tokenizer(self, file: str | None, where: str) -> Text | None:
+        """What makes `text_ids`, where stages read them. Raises: BundleError."""
+        if file is None:
+            return None
+        from edge_mmllm.text import Text
+
+        if self.read_file is None:
+            raise CorruptBundle("the stages' tokenizer is missing", where=where, expected=file)
+        return Text(TextSpec("tokenizers"), self.read_file(file))
+
+    def _keep(self, key: bytes, rows: Float32) -> Float32:
+        self._features[key] = rows
+        while len(self._features) > 1 and self.size_bytes > self.limit_bytes:
+            self._features.popitem(last=False)
+        return rows
+
+    def _encode(
+        self, key: bytes, sense: _Sense, item: Prepared, count: int, text_ids: Int64 | None
+    ) -> Float32:
+        """Runs the stages over an item. Where later ones read the prompt's text too, what the
+        first gave is kept, for other questions on the same item."""
         engine = self._engine()
-        parts = []
-        for run in item.runs:
+        parts, encoded = [], False
+        for n, run in enumerate(item.runs):
             given, value = dict(run), None
+            if text_ids is not None:
+                given["text_ids"] = text_ids
             for i, name in enumerate(sense.stages):
+                stage = self._spec.stages[name]
+                first = key + n.to_bytes(4, "little") if i == 0 and text_ids is not None else None
+                if first is not None and (value := self._features.get(first)) is not None:
+                    given[stage.outputs[0]] = value
+                    continue
                 started = time.perf_counter()
                 if engine.load_stage(name):
                     self.timings.load_ms += _ms(started)
                     started = time.perf_counter()
-                stage = self._spec.stages[name]
                 if any(n not in given for n in stage.inputs):
                     raise CorruptBundle(
                         f"the stage {name} wants what preprocessing does not make",
@@ -233,6 +281,9 @@ class Perception:
                     )
                 value = engine.run_stage(name, {n: given[n] for n in stage.inputs})
                 given[stage.outputs[0]] = value
+                encoded = encoded or not i
+                if first is not None:
+                    self._keep(first, value)
                 if i:
                     self.timings.project_ms += _ms(started)
                 else:
@@ -258,10 +309,7 @@ class Perception:
                 expected=str(count),
                 found=str(len(rows)),
             )
-        self.timings.encoded += 1
-        self._features[key] = rows
-        while len(self._features) > 1 and self.size_bytes > self.limit_bytes:
-            self._features.popitem(last=False)
+        self.timings.encoded += encoded
         return rows
 
 

@@ -39,7 +39,8 @@ def place_text(
     Raises:
         UsageError: another number of placeholders than items.
     """
-    items, spec = _items(session, media), session.spec.modalities
+    spec = session.spec.modalities
+    items = _items(session, media, text)
     front: list[Item] = []
     inside: dict[str, Iterator[Item]] = {}
     for name, found in items.items():
@@ -53,7 +54,8 @@ def place_text(
     if inside:
         pattern = re.compile("|".join(re.escape(t) for t in sorted(inside, key=len)[::-1]))
         text = pattern.sub(lambda match: next(inside[match[0]]).text, text)
-    ids = session.check_ids(session.text.encode(text, add_bos=add_bos))
+    whole = session.spec.decoder_start_id is not None
+    ids = session.check_ids(session.text.encode(text, add_bos=add_bos, whole=whole))
     lead = [spec[i.modality].token_id for i in front for _ in range(i.places)]
     return _filled(session, np.concatenate([np.array(lead, np.int64), ids]), items)
 
@@ -64,7 +66,8 @@ def place_ids(session: Session, ids: Int64, media: Media) -> Prompted:
     Raises:
         UsageError: another number of placeholders.
     """
-    items, spec = _items(session, media), session.spec.modalities
+    spec = session.spec.modalities
+    items = _items(session, media, ids)
     for name, found in items.items():
         at = np.flatnonzero(ids == spec[name].token_id)
         if len(at) == len(found) != sum(i.places for i in found):
@@ -127,13 +130,26 @@ def placeholders(session: Session, media: Media) -> str:
     return "".join(marks) + ("\n" if any(marks) else "")
 
 
-def _items(session: Session, media: Media) -> dict[str, list[Item]]:
-    """Each given source, identified and prepared."""
+def _items(session: Session, media: Media, prompt: str | Int64) -> dict[str, list[Item]]:
+    """Each given source, identified and prepared; with the prompt's text, where stages read it."""
+    perception, text = session.perception, ""
+    if any(perception.reads_text(name) for name, given in media.items() if given):
+        text = _plain(session, prompt)
     return {
-        name: [session.perception.item(name, source) for source in given]
+        name: [perception.item(name, source, text) for source in given]
         for name, given in media.items()
         if given
     }
+
+
+def _plain(session: Session, prompt: str | Int64) -> str:
+    """A prompt's text without placeholders."""
+    spec = session.spec.modalities.values()
+    if not isinstance(prompt, str):
+        return session.text.decode(prompt[~np.isin(prompt, [m.token_id for m in spec])].tolist())
+    for modality in spec:
+        prompt = prompt.replace(modality.placeholder, "")
+    return prompt
 
 
 def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -> Prompted:

@@ -30,7 +30,7 @@ class Session(Context):
     """A context that reads and writes text.
 
     Args:
-        engine, spec, bundle_sha256, context, chunk: see `Context`.
+        engine, spec, bundle_sha256, context, chunk, read_file: see `Context`.
         make_text: makes the tokenizer on first use; None: token ids only.
 
     Attributes:
@@ -46,8 +46,11 @@ class Session(Context):
         *,
         context: int | None = None,
         chunk: int = CHUNK,
+        read_file: Callable[[str], bytes] | None = None,
     ) -> None:
-        super().__init__(engine, spec, bundle_sha256, context=context, chunk=chunk)
+        super().__init__(
+            engine, spec, bundle_sha256, context=context, chunk=chunk, read_file=read_file
+        )
         self._make_text = make_text
         self._text: Text | None = None
         self.finish_reason: FinishReason | None = None

@@ -90,6 +90,14 @@ def zoo(request: pytest.FixtureRequest, shared_data: Path) -> Text:
     return _text(path.read_bytes())
 
 
+def test_what_follows_a_text_stays_only_where_the_text_is_whole():
+    text = Text(TextSpec("tokenizers"), _byte_level(bos=True, eos=True))
+    continued, whole = text.encode("ab"), text.encode("ab", whole=True)
+    assert whole == [*continued, 1]
+    assert continued[0] == 0
+    assert text.encode("ab</s>", whole=True) == whole
+
+
 def test_importing_the_package_imports_no_heavy_one() -> None:
     script = (
         "import sys, edge_mmllm.text, edge_mmllm.bundle, edge_mmllm.spec\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,21 +22,52 @@ Float32 = NDArray[np.float32]
 FOLDER = references.ROOT / "tests" / "goldens" / "families"
 NAMES = tuple(sorted(p.name for p in FOLDER.iterdir() if (p / "config.json").is_file()))
 
+#: Modality -> the folder of its files, and the array of `golden.npz` with their numbers.
+KINDS = {"image": "pictures", "video": "videos", "audio": "sounds"}
+
 
 @dataclass(frozen=True)
 class Golden:
-    """Ids with placeholder ids, picture files, and transformers' logits."""
+    """Ids with placeholder ids, picture files, and transformers' logits.
+
+    Attributes:
+        prompt: the text that became the ids, where there is one.
+        answer: ids that an encoder-decoder's decoder reads; of no others.
+        greedy: what follows the ids, token by token; empty where it was not asked.
+    """
 
     ids: NDArray[np.int64]
     media: dict[str, list[Path]]
     logits: Float32
+    prompt: str | None = None
+    answer: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    greedy: tuple[int, ...] = ()
+
+    def turned(self) -> dict[str, list[Path]]:
+        """Other pictures: in another order, or another one."""
+        ((name, own),) = [item for item in self.media.items() if item[1]][:1]
+        other = [p for p in sorted((FOLDER / KINDS[name]).iterdir()) if p not in own]
+        return {**self.media, name: own[::-1] if len(own) > 1 else other[:1]}
+
+    def read(self, session: Session, prompt: Prompted) -> Float32:
+        """All logits of the prompt, or of the answer to it."""
+        session.start(prompt)
+        return session.prefill(self.answer if len(self.answer) else prompt, logits="all")
 
 
 @cache
 def golden(name: str) -> Golden:
     with np.load(FOLDER / name / "golden.npz") as data:
-        paths = [next((FOLDER / "pictures").glob(f"{n}.*")) for n in data["pictures"]]
-        return Golden(data["input_ids"], {"image": paths}, data["logits"])
+        media = {
+            name: [next((FOLDER / kind).glob(f"{n}.*")) for n in data[kind]]
+            for name, kind in KINDS.items()
+            if kind in data
+        }
+        asked = str(data["prompt"]) if "prompt" in data else None
+        answer = data["answer"] if "answer" in data else np.empty(0, np.int64)
+        greedy = tuple(data["greedy"].tolist()) if "greedy" in data else ()
+        ids, logits = data["input_ids"], data["logits"]
+        return Golden(ids, media, logits, asked, answer, greedy)
 
 
 def composite(loaded: references.Loaded) -> Composite:
@@ -50,11 +81,16 @@ def export(
     """As `references.export`, with what the manifest says of the modalities."""
     exported = references.export(loaded, folder, "embeds")
     model = composite(loaded)
+    own = next(iter(loaded.weights.values())).checkpoint.text()
+    files = {"tokenizer.json": own.tokenizer_json, **model.files}
+    for name, content in files.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
     spec = replace(
         exported.spec,
         components=model.components(),
         modalities=model.modalities(),
-        text=text or exported.spec.text,
+        text=text or own.spec,
     )
     return replace(exported, spec=spec)
 
@@ -64,7 +100,7 @@ def oracle_prompt(loaded: references.Loaded, session: Session, given: Golden) ->
     stages = OracleStages(composite(loaded), loaded.weights)
     own, session.perception = (
         session.perception,
-        Perception(lambda: stages, session.spec),  # type: ignore[arg-type,return-value]
+        Perception(lambda: stages, session.spec, session.perception.read_file),  # type: ignore[arg-type,return-value]
     )
     try:
         return session.encode(given.ids, given.media)
@@ -73,7 +109,9 @@ def oracle_prompt(loaded: references.Loaded, session: Session, given: Golden) ->
 
 
 def oracle(loaded: references.Loaded, session: Session, given: Golden) -> Float32:
-    return oracle_logits(composite(loaded), loaded.weights, oracle_prompt(loaded, session, given))
+    prompt = oracle_prompt(loaded, session, given)
+    answer = given.answer if len(given.answer) else None
+    return oracle_logits(composite(loaded), loaded.weights, prompt, answer)
 
 
 class Exports:

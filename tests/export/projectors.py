@@ -12,7 +12,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from seeded import seeded
 
-from edge_mmllm_export.checkpoints.base import Float32, Layout, TensorInfo
+from edge_mmllm.spec import TextSpec
+from edge_mmllm_export.checkpoints.base import Float32, Layout, TensorInfo, TextAssets
 from edge_mmllm_export.ops.numpy import NumpyOps
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
@@ -36,6 +37,9 @@ class SeededCheckpoint:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
         return np.ascontiguousarray(self._values[name][start:stop])
+
+    def text(self) -> TextAssets:
+        return TextAssets(TextSpec("none"))
 
 
 class Golden:

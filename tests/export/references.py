@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.spec import ModelSpec, Stage, TextSpec
+from edge_mmllm.text import Text
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.models import build
 from edge_mmllm_export.onnx import Inputs, write_stages
@@ -54,11 +55,17 @@ class Exported:
     def session(self, context: int = 128, *, chunk: int = 512) -> Iterator[Session]:
         limit = context if self.spec.context_length else None
         engine = OnnxEngine(self.spec, lambda f: self.folder / f, threads=1, context=limit)
-        session = Session(engine, self.spec, "0" * 64, context=limit, chunk=chunk)
+        session = Session(
+            engine, self.spec, "0" * 64, self._text, context=limit, chunk=chunk,
+            read_file=lambda name: (self.folder / name).read_bytes(),
+        )  # fmt: skip
         try:
             yield session
         finally:
             session.close()
+
+    def _text(self) -> Text:
+        return Text(self.spec.text, (self.folder / "tokenizer.json").read_bytes())
 
     def logits(self, ids: NDArray[np.int64]) -> Float32:
         """All rows of one whole forward."""
@@ -92,7 +99,7 @@ def export(loaded: Loaded, folder: Path, inputs: Inputs = "ids") -> Exported:
         states=model.states(),
         stages=stages,
         text=TextSpec("none"),
-        decoder_start_id=getattr(model, "decoder_start_id", None),
+        decoder_start_id=getattr(getattr(model, "backbone", model), "decoder_start_id", None),
     )
     return Exported(spec, folder)
 

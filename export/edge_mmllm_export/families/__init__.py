@@ -19,6 +19,8 @@ FAMILIES = {
     "vl_mamba": "llava:llava",
     "idefics3": "idefics3:idefics3",
     "smolvlm": "idefics3:idefics3",
+    "blip-2": "blip2:blip2",
+    "instructblip": "instructblip:instructblip",
 }
 
 

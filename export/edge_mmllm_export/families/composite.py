@@ -143,6 +143,7 @@ class Composite:
         renames: how the checkpoint writes the backbone's names.
         output: output projector and generator, where the family has them.
         unused: patterns of checkpoint tensors that no component needs.
+        files: what else the bundle carries, by name (`Modality.text_tokenizer`).
 
     Raises:
         CheckpointError: the components' widths do not fit together.
@@ -157,10 +158,12 @@ class Composite:
         *,
         output: Mapping[Slot, Part] | None = None,
         unused: Sequence[str] = (),
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.name, self.backbone, self.renames = name, backbone, renames
         self.pathways = tuple(pathways)
         self.output, self._unused = dict(output or {}), tuple(unused)
+        self.files = dict(files or {})
         self.vocab_size, self.hidden_size = backbone.vocab_size, backbone.hidden_size
         self.layers, self.context_length = backbone.layers, backbone.context_length
         for path in self.pathways:

@@ -23,7 +23,7 @@ ENCODERS = {
 
 #: What published `text_config`s leave out: the defaults of transformers' config classes, which
 #: the release of a composed checkpoint relies on (llava-1.5's names only its vocabulary).
-#: Source: configuration_{llama,mistral,qwen2}.py of transformers 5.23, equal in 4.x.
+#: Source: configuration_{llama,mistral,opt,t5,qwen2}.py of transformers 5.23, equal in 4.x.
 _LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -44,6 +44,14 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
     },
+    "opt": {
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "ffn_dim": 3072,
+        "num_attention_heads": 12,
+    },
+    "t5": {"vocab_size": 32128},
     "qwen2": {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -99,19 +107,23 @@ def prefix(checkpoint: Checkpoint, *candidates: str) -> str:
 
 
 def backbone(
-    checkpoint: Checkpoint, context: int | None, layouts: Sequence[Renames]
+    checkpoint: Checkpoint,
+    context: int | None,
+    layouts: Sequence[Renames],
+    absent: str = "llama",
 ) -> tuple[Architecture, Renames]:
     """The language model of `text_config`, and how the checkpoint writes its names.
 
     Args:
         layouts: of the releases; the first whose last pair's prefix is there counts.
+        absent: the `model_type` of a config that names none.
 
     Raises:
         CheckpointError: see `models.build`.
     """
     from edge_mmllm_export.models import ARCHITECTURES, build
 
-    config = part(checkpoint, "text_config", TEXT_DEFAULTS, "llama")
+    config = part(checkpoint, "text_config", TEXT_DEFAULTS, absent)
     if checkpoint.config.get("tie_word_embeddings") is True:  # transformers 5 says it there only
         config["tie_word_embeddings"] = True
     kind = config["model_type"]

@@ -19,6 +19,7 @@ from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.families.composite import Port
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.vit import flat
 from edge_mmllm_export.ops.base import Activation, Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -155,13 +156,15 @@ class QFormer:
         out = {}
         for p in self.parameters():
             stem, bias = p.name.removesuffix("_bias"), p.name.endswith("_bias")
+            if stem == "queries":
+                out[p.name] = flat(f"{prefix}query_tokens", (1, *p.shape))
+                continue
             if stem.startswith("layers."):
                 _, i, rest = stem.split(".", 2)
                 their = f"qformer.encoder.layer.{i}.{_LAYER_NAMES[rest]}"
             else:
                 their = {**_NAMES, "norm": norm}[stem]
-            suffix = "" if stem == "queries" else ".bias" if bias else ".weight"
-            out[p.name] = Source(prefix + their + suffix)
+            out[p.name] = Source(prefix + their + (".bias" if bias else ".weight"))
         return out
 
     def ignored(self, prefix: str = "") -> tuple[str, ...]:
@@ -233,7 +236,6 @@ def _linear(name: str, n: int, k: int) -> list[Parameter]:
 
 
 _NAMES = {
-    "queries": "query_tokens",
     "words": "qformer.embeddings.word_embeddings",
     "positions": "qformer.embeddings.position_embeddings",
     "out": "language_projection",
