@@ -54,9 +54,7 @@ def _errors(w, stored, size):
 
 
 def _half(scale):
-    """Scales in float16's normal range as float16."""
-    held = (np.abs(scale) >= 2.0**-14) & (np.abs(scale) <= 65504)
-    return np.where(held, np.where(held, scale, 0).astype(np.float16), scale).astype(np.float64)
+    return scale.astype(np.float16).astype(np.float64)
 
 
 def _plain(w, scheme):
@@ -89,6 +87,10 @@ def test_never_worse_than_plain_rounding(kind, scheme):
     plain = _errors(w, _plain(w, scheme), scheme.block_size)
     # Float32 sums decide between candidates: equal to about 1e-5 of the block's energy.
     slack = 1e-4 * plain + 1e-11 * _errors(w, np.zeros_like(w), scheme.block_size)
+    if scheme.zero != "float":  # among float16's subnormal scales, rounding decides
+        pad = np.pad(w, ((0, 0), (0, -w.shape[1] % scheme.block_size)))
+        peak = np.abs(pad.reshape(len(w), -1, scheme.block_size)).max(-1)
+        found = np.where(peak / 2**scheme.bits >= 2.0**-14, found, 0)
     if scheme.zero == "float":  # the search sees a short block's values several times
         assert found[:, -1].sum() <= 1.1 * plain[:, -1].sum()
         found, plain, slack = found[:, :-1], plain[:, :-1], slack[:, :-1]
@@ -360,8 +362,8 @@ def test_an_impossible_plan_is_refused(arguments):
 
 
 def test_bits_per_weight():
-    assert Scheme(4, 32).bits_per_weight() == 5
-    assert Scheme(4, 128).bits_per_weight() == 4.25
+    assert Scheme(4, 32).bits_per_weight() == 4.5
+    assert Scheme(4, 128).bits_per_weight() == 4.125
     assert Scheme(4, 32, "float").bits_per_weight() == 6
-    assert Scheme(8, 32).bits_per_weight() == 9
+    assert Scheme(8, 32).bits_per_weight() == 8.5
     assert F16.bits_per_weight() == 16

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
@@ -90,7 +91,7 @@ class OnnxOps(OnnxVision, OnnxMemory):
         g, scheme = self.graph, table.scheme
         ids = g.node("Unsqueeze", [index.name, g.ints(0)])[0]
         if scheme.quantized:
-            names = self.weights.blocks([table], as_rows=True)
+            names = self._blocks([table], as_rows=True)
             name = g.microsoft(
                 "GatherBlockQuantized",
                 [names[0], ids, *names[1:]],
@@ -136,9 +137,24 @@ class OnnxOps(OnnxVision, OnnxMemory):
             outputs.append(Value(name, v.shape[0]))
         return tuple(outputs)
 
+    def _blocks(self, w: Sequence[Weight], as_rows: bool = False) -> list[str]:
+        """The packed tensors as kernels for float32 activations take them."""
+        codes, scale, *zero = self.weights.blocks(w, as_rows)
+        if w[0].scheme.scale_bits == 16:
+            scale = self._widened(scale)
+        return [codes, scale, *zero]
+
+    def _widened(self, name: str) -> str:
+        """A float16 weight as float32: folded once, when a graph is loaded."""
+        wide = f"{name}.f32"
+        if wide not in self.written:
+            self.graph.node("Cast", [name], [wide], to=1)
+            self.written.add(wide)
+        return wide
+
     def _matmul_nbits(self, x: Value, w: Sequence[Weight], bias: Sequence[Weight | None]) -> str:
         scheme = w[0].scheme
-        names = self.weights.blocks(w)
+        names = self._blocks(w)
         inputs = [self._use(x), *names]
         if any(bias):
             inputs += [""] * (5 - len(inputs))
@@ -156,10 +172,7 @@ class OnnxOps(OnnxVision, OnnxMemory):
     def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight | None]) -> str:
         g, name = self.graph, self.weights.floats(w)
         if w.scheme.bits == 16:
-            # Folded once at load: f16 on disk, float32 arithmetic.
-            cast = f"{name}.f32"
-            name = cast if cast in self.written else g.node("Cast", [name], [cast], to=1)[0]
-            self.written.add(cast)
+            name = self._widened(name)
         y = g.microsoft("FusedMatMul", [self._use(x), name], transB=1)[0]
         own = bias[0] if bias else None
         return y if own is None else g.node("Add", [y, self.weights.vector(own)])[0]
@@ -354,6 +367,21 @@ class OnnxOps(OnnxVision, OnnxMemory):
         inputs = [heads, self.weights.vector(weight)]
         normed = g.node("SimplifiedLayerNormalization", inputs, epsilon=eps)[0]
         return g.node("Reshape", [normed, g.ints(0, 0, width)])[0]
+
+    def stream_angles(
+        self, state: StateSpec, inv_freq: NDArray[np.float32], streams: NDArray[np.int64]
+    ) -> Value:
+        """The value is `(seq, n)`, without a batch axis, as `rotary` wants its tables."""
+        g, first = self.graph, f"state.{state.name}"
+        at = g.node("Add", ["places", first])[0]
+        last = g.node("Reshape", [g.node("ReduceMax", [at], keepdims=1)[0], g.ints(1)])[0]
+        behind = g.node("Add", [last, g.ints(1)])[0]
+        g.node("Max", [first, behind], [f"next.{state.name}"])
+        table = np.zeros((3, len(inv_freq)), np.float32)
+        table[streams, np.arange(len(inv_freq))] = inv_freq
+        own = g.node("Transpose", [g.node("Cast", [at], to=1)[0]], perm=[1, 0])[0]
+        name = g.node("MatMul", [own, g.fixed(f"{state.name}.turns", table)])[0]
+        return Value(name, len(inv_freq))
 
     def causal_conv(
         self, x: Value, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool

@@ -98,8 +98,8 @@ class WeightStore:
     def blocks(self, ws: Sequence[Weight], as_rows: bool = False) -> list[str]:
         """Quantized weights, stacked along N, packed as MatMulNBits reads them.
 
-        `B` uint8 `(N, blocks, block_size * bits / 8)`, scales float32 `(N, blocks)`, zero points
-        uint8 `(N, ceil(blocks * bits / 8))` or float32 `(N, blocks)`. The same bytes serve
+        `B` uint8 `(N, blocks, block_size * bits / 8)`, scales float16 `(N, blocks)` (float32
+        beside float zero points), zero points uint8 `(N, ceil(blocks * bits / 8))` or float32 `(N, blocks)`. The same bytes serve
         GatherBlockQuantized (`as_rows`) as `(N, K * bits / 8)`: tied weights are stored once.
         """
         scheme, k = ws[0].scheme, ws[0].shape[1]
@@ -118,7 +118,7 @@ class WeightStore:
                 "uint8",
                 (n, k * bits // 8) if as_rows else (n, blocks, blob),
             ),
-            ("scale", "float32", (n, blocks)),
+            ("scale", f"float{scheme.scale_bits}", (n, blocks)),
             ("zero", zero_type, (n, zero_width)),
         ]
         if not zero_width:
@@ -151,7 +151,11 @@ class WeightStore:
             tile = quantize(w.rows(start, stop), scheme)
             q = pack_nibbles(tile.q) if scheme.bits == 4 else tile.q
             data.write(offsets[0] + (first + start) * row_bytes, q)
-            data.write(offsets[1] + (first + start) * blocks * 4, tile.scale)
+            place = offsets[1] + (first + start) * blocks * scheme.scale_bits // 8
+            if scheme.scale_bits == 32:
+                data.write(place, tile.scale)
+            else:
+                data.write(place, _in_half(w, tile.scale).astype(np.float16))
             if tile.zero is None:
                 return
             if scheme.zero == "float":
@@ -209,12 +213,18 @@ def _within(w: Weight, tile: NDArray[np.float32]) -> NDArray[np.float32]:
     Raises:
         NonFiniteWeights: a value would become infinite.
     """
-    if w.scheme.bits == 16 and np.abs(tile).max(initial=0.0) > np.finfo(np.float16).max:
+    return _in_half(w, tile) if w.scheme.bits == 16 else tile
+
+
+def _in_half(w: Weight, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values, if float16 can hold them. Raises: NonFiniteWeights."""
+    largest = np.abs(values).max(initial=0.0)
+    if largest > np.finfo(np.float16).max:
         raise NonFiniteWeights(
-            "a weight is too large for float16",
+            "a weight or a scale is too large for float16",
             where=f"tensor {w.source.name} ({w.name})",
             expected="magnitudes up to 65504",
-            found=str(np.abs(tile).max()),
+            found=str(largest),
             fix=f"--override '{w.name}=f32'",
         )
-    return tile
+    return values

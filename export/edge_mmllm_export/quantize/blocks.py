@@ -116,7 +116,7 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
         # Symmetric in [-127, 127]: nothing to search at this width.
         largest = np.maximum(high, -low)
         scale = _to_half(largest / np.float32(127.0))
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=largest > _TINY)
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
         codes = w * inverse
         np.rint(codes, out=codes)
         codes += half
@@ -146,13 +146,10 @@ def _symmetric(w: Float32, bits: int) -> tuple[UInt8, Float32]:
 
 
 def _to_half(scale: Float32) -> Float32:
-    """Scales as float16 holds them, where it holds them well: 2^-11 of a step is lost, and the
-    native kernels and GGUF store them in half the bytes."""
-    limits = np.finfo(np.float16)
-    rounded = np.clip(scale, -65504, 65504).astype(np.float16).astype(np.float32)
-    size = np.abs(scale)
-    held = (size >= float(limits.tiny)) & (size <= float(limits.max))
-    return np.where(held, rounded, scale).astype(np.float32)
+    """Scales as float16 holds them, which is how they are stored, as GGUF's are. One beyond its
+    range stays, for whoever stores it to refuse."""
+    rounded = _to_f16(scale).astype(np.float32)
+    return np.where(np.abs(scale) > np.finfo(np.float16).max, scale, rounded).astype(np.float32)
 
 
 def _round_to_codes(w: Float32, inverse: Float32, half: np.float32, *, out: Float32) -> None:

@@ -43,6 +43,12 @@ class Scheme:
         return self.bits < 16
 
     @property
+    def scale_bits(self) -> int:
+        """A scale is a float16; beside a float minimum it is a float32, so that data that came
+        from Q4_1 stays as it was."""
+        return 32 if self.zero == "float" else 16
+
+    @property
     def name(self) -> str:
         if not self.quantized:
             return f"f{self.bits}"
@@ -50,11 +56,11 @@ class Scheme:
         return f"int{self.bits}-b{self.block_size}{suffix}"
 
     def bits_per_weight(self) -> float:
-        """Stored bits, scale (float32) and zero included."""
+        """Stored bits, scale and zero included."""
         if not self.quantized:
             return float(self.bits)
         zero = {"none": 0, "int": self.bits, "float": 32}[self.zero]
-        return self.bits + (32 + zero) / self.block_size
+        return self.bits + (self.scale_bits + zero) / self.block_size
 
 
 F32 = Scheme(32)

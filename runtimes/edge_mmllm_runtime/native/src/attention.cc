@@ -107,7 +107,7 @@ struct Attention : MixOp {
     constexpr int kKeys = 32;
     VecF x[kMaxHead][kVectors], total[kMaxHead][kVectors], p[kKeys][kVectors];
     VecF top[kVectors], weight[kVectors];
-    int64_t at[kTile];
+    VecI at[kVectors];  // each row's position, counted from the tile's first
     for (int i = 0; i < d; i++) {
       float column[kTile] = {};
       for (int t = 0; t < rows; t++) column[t] = (q.row(c, first_row + t) + head * d)[i] * scale;
@@ -120,9 +120,9 @@ struct Attention : MixOp {
       top[u] = splat(kHidden);
       weight[u] = splat(0.0f);
     }
-    for (int t = 0; t < kTile; t++) at[t] = c.position + first_row + (t < rows ? t : rows - 1);
-    const int64_t last = at[kTile - 1];
-    const int64_t first = at[0] - window + 1 > 0 ? at[0] - window + 1 : 0;
+    for (int t = 0; t < kTile; t++) at[t / kLanes][t % kLanes] = t < rows ? t : rows - 1;
+    const int64_t start = c.position + first_row, last = start + rows - 1;
+    const int64_t first = start - window + 1 > 0 ? start - window + 1 : 0;
     for (int64_t key = first; key <= last; key += kKeys) {
       const int keys = last + 1 - key < kKeys ? int(last + 1 - key) : kKeys;
       int j = 0;
@@ -156,10 +156,13 @@ struct Attention : MixOp {
           for (int u = 0; u < kVectors; u++) p[j][u] = softcap * vtanh(p[j][u] / softcap);
         }
       }
-      if (key + keys - 1 > at[0] || key <= last - window) {  // some row must not see some key
+      if (key + keys - 1 > start || key <= last - window) {  // some row must not see some key
+        const VecF hidden = splat(kHidden);
         for (j = 0; j < keys; j++) {
-          for (int t = 0; t < kTile; t++) {
-            if (key + j > at[t] || key + j <= at[t] - window) p[j][t / kLanes][t % kLanes] = kHidden;
+          const int64_t behind = key + j - start, gone = behind + window;
+          const VecI newest = splat_int(int(behind)), oldest = splat_int(gone < kTile ? int(gone) : kTile);
+          for (int u = 0; u < kVectors; u++) {
+            p[j][u] = (newest > at[u]) | (oldest <= at[u]) ? hidden : p[j][u];
           }
         }
       }
@@ -203,10 +206,9 @@ struct Attention : MixOp {
     }
     for (int u = 0; u < kVectors; u++) weight[u] = 1.0f / weight[u];
     for (int i = 0; i < d; i++) {
-      for (int t = 0; t < rows; t++) {
-        const int u = t / kLanes, lane = t % kLanes;
-        (out.row(c, first_row + t) + head * d)[i] = total[i][u][lane] * weight[u][lane];
-      }
+      float column[kTile];
+      for (int u = 0; u < kVectors; u++) store(column + u * kLanes, total[i][u] * weight[u]);
+      for (int t = 0; t < rows; t++) (out.row(c, first_row + t) + head * d)[i] = column[t];
     }
   }
 };

@@ -237,3 +237,13 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (status == nullptr) status = api.add_domain(options, domain);
   return status;
 }
+
+// Time by op: starts counting anew, or stops and gives what was counted since (100 entries each).
+extern "C" __attribute__((visibility("default"))) void edge_mmllm_profile(int start, double* seconds,
+                                                                          int64_t* runs) {
+  if (!start) {
+    std::memcpy(seconds, edge::g_profile.seconds, sizeof edge::g_profile.seconds);
+    std::memcpy(runs, edge::g_profile.runs, sizeof edge::g_profile.runs);
+  }
+  edge::Program::profile(start != 0);
+}

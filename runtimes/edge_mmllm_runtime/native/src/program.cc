@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <chrono>
 #include <cstring>
 
 #include "linear.h"
@@ -141,9 +142,12 @@ Program::Program(const std::vector<int64_t>& words, const std::vector<Tensor>& i
     const int64_t per_row = m.blocks;
     r.require(codes->type == kUint8 && codes->size() == m.n * per_row * m.block * bits / 8,
               "a matrix of another type or size");
-    s.scales = r.floats(m.n * per_row);
+    const Tensor* scales = r.tensor();
     const Tensor* zeros = r.tensor(true);
     const int zero_kind = r.integer(0, 2);
+    r.require(scales->type == (zero_kind == 2 ? kFloat : kFloat16) && scales->size() == m.n * per_row,
+              "scales of another type or size");
+    s.scales = scales->data;
     r.require((zeros != nullptr) == (zero_kind != 0), "zero points");
     if (zero_kind == 1) {
       r.require(zeros->type == kUint8 && zeros->size() == m.n * ((per_row * bits + 7) / 8),
@@ -164,6 +168,7 @@ Program::Program(const std::vector<int64_t>& words, const std::vector<Tensor>& i
     const int ops = r.integer(1, kMaxCount);
     for (int j = 0; j < ops; j++) {
       const int opcode = r.integer(1, 99);
+      if (j == 0) phase.opcode = phase.cls == Phase::kRows ? 0 : opcode;
       const int64_t length = r.word();
       const size_t start = r.at();
       if (phase.cls == Phase::kRows) {
@@ -222,6 +227,9 @@ constexpr size_t kLinearBytes = 16 << 10;  // weights of a chunk, for few rows
 
 int parts(int total, int size) { return (total + size - 1) / size; }
 
+typedef std::chrono::steady_clock Clock;
+std::atomic<bool> g_profiling{false};
+
 // How one matrix product is cut.
 struct Cut {
   int rows, groups, across, down;
@@ -265,49 +273,69 @@ void Program::prepare(Context& c) const {
   }
 }
 
+Profile g_profile;
+
+void Program::profile(bool on) {
+  g_profile = Profile{};
+  g_profiling = on;
+}
+
 void Program::run(Context& c, Team& team, int threads) const {
+  // Only one thread keeps the time: whichever comes first.
+  const bool timed = g_profiling && team.first();
+  auto before = timed ? Clock::now() : Clock::time_point();
   for (int p = 0; p < int(phases_.size()); p++) {
     const Phase& phase = phases_[p];
-    const int rows = c.rows[phase.kind];
-    if (phase.cls == Phase::kRows) {
-      team.work(p, parts(rows, kRowsAtOnce), [&](int chunk) {
-        const int first = chunk * kRowsAtOnce;
-        const int last = first + kRowsAtOnce < rows ? first + kRowsAtOnce : rows;
-        for (const auto& op : phase.rows) op->run(c, first, last);
-      });
-    } else if (phase.cls == Phase::kMix) {
-      int total = 0;
-      for (const auto& op : phase.mixes) total += op->chunks(c);
-      team.work(p, total, [&](int chunk) {
-        for (const auto& op : phase.mixes) {
-          const int own = op->chunks(c);
-          if (chunk < own) return op->run(c, chunk);
-          chunk -= own;
-        }
-      });
-    } else {
-      int total = 0;
-      if (rows > 0) {
-        for (const auto& op : phase.linears) total += Cut(matrices_[op.matrix], rows, threads).chunks();
-      }
-      team.work(p, total, [&](int chunk) {
-        for (const auto& op : phase.linears) {
-          const Matrix& m = matrices_[op.matrix];
-          const Cut cut(m, rows, threads);
-          if (chunk >= cut.chunks()) {
-            chunk -= cut.chunks();
-            continue;
-          }
-          const int row = chunk / cut.across * cut.rows, first = chunk % cut.across * cut.groups;
-          const int count = row + cut.rows < rows ? cut.rows : rows - row;
-          const int last = first + cut.groups < m.groups() ? first + cut.groups : m.groups();
-          linear(m, op.in.row(c, row), op.in.stride,
-                 op.quantized < 0 ? nullptr : &c.quantized[op.quantized], row, count, first, last,
-                 op.bias, op.out.row(c, row), op.out.stride);
-          return;
-        }
-      });
+    run_phase(phase, p, c, team, threads);
+    if (timed) {
+      const auto now = Clock::now();
+      g_profile.seconds[phase.opcode] += std::chrono::duration<double>(now - before).count();
+      g_profile.runs[phase.opcode]++;
+      before = now;
     }
+  }
+}
+
+void Program::run_phase(const Phase& phase, int p, Context& c, Team& team, int threads) const {
+  const int rows = c.rows[phase.kind];
+  if (phase.cls == Phase::kRows) {
+    team.work(p, parts(rows, kRowsAtOnce), [&](int chunk) {
+      const int first = chunk * kRowsAtOnce;
+      const int last = first + kRowsAtOnce < rows ? first + kRowsAtOnce : rows;
+      for (const auto& op : phase.rows) op->run(c, first, last);
+    });
+  } else if (phase.cls == Phase::kMix) {
+    int total = 0;
+    for (const auto& op : phase.mixes) total += op->chunks(c);
+    team.work(p, total, [&](int chunk) {
+      for (const auto& op : phase.mixes) {
+        const int own = op->chunks(c);
+        if (chunk < own) return op->run(c, chunk);
+        chunk -= own;
+      }
+    });
+  } else {
+    int total = 0;
+    if (rows > 0) {
+      for (const auto& op : phase.linears) total += Cut(matrices_[op.matrix], rows, threads).chunks();
+    }
+    team.work(p, total, [&](int chunk) {
+      for (const auto& op : phase.linears) {
+        const Matrix& m = matrices_[op.matrix];
+        const Cut cut(m, rows, threads);
+        if (chunk >= cut.chunks()) {
+          chunk -= cut.chunks();
+          continue;
+        }
+        const int row = chunk / cut.across * cut.rows, first = chunk % cut.across * cut.groups;
+        const int count = row + cut.rows < rows ? cut.rows : rows - row;
+        const int last = first + cut.groups < m.groups() ? first + cut.groups : m.groups();
+        linear(m, op.in.row(c, row), op.in.stride,
+               op.quantized < 0 ? nullptr : &c.quantized[op.quantized], row, count, first, last,
+               op.bias, op.out.row(c, row), op.out.stride);
+        return;
+      }
+    });
   }
 }
 

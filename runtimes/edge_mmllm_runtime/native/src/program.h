@@ -96,10 +96,18 @@ struct Phase {
   enum Class { kRows, kLinear, kMix };
   Class cls;
   int kind;
+  int opcode;  // of its first op
   std::vector<std::unique_ptr<RowOp>> rows;
   std::vector<LinearOp> linears;
   std::vector<std::unique_ptr<MixOp>> mixes;
 };
+
+// Seconds and runs of phases, by the opcode of their first op (row phases count as 0).
+struct Profile {
+  double seconds[100];
+  int64_t runs[100];
+};
+extern Profile g_profile;
 
 class Program {
  public:
@@ -119,6 +127,8 @@ class Program {
   void prepare(Context& c) const;
   // Does its share of a forward; every thread of the team calls it with the same context.
   void run(Context& c, Team& team, int threads) const;
+  // Counts the time of each op while on (see `Profile`).
+  static void profile(bool on);
   int phases() const { return int(phases_.size()); }
   int64_t weight_bytes() const { return int64_t(packed_bytes_); }
 
@@ -130,6 +140,7 @@ class Program {
   struct QuantizedBuffer {
     int width, block, kind;
   };
+  void run_phase(const Phase& phase, int number, Context& c, Team& team, int threads) const;
   void pack_matrices(const std::vector<MatrixSource>& sources);
 
   std::vector<Buffer> buffers_;

@@ -45,11 +45,33 @@ struct Conv : MixOp {
     state = r.state({1, taps - 1, out.width});
   }
   int chunks(const Context&) const override { return parts(out.width, kChannels); }
+  // The usual width, in registers.
+  EDGE_INLINE void four_taps(Context& c, float* past, int at) const {
+    const int width = out.width;
+    VecF a = load(past + at), b = load(past + width + at), d = load(past + 2 * width + at);
+    const VecF w0 = load(w + at), w1 = load(w + width + at), w2 = load(w + 2 * width + at);
+    const VecF w3 = load(w + 3 * width + at), start = bias == nullptr ? splat(0.0f) : load(bias + at);
+    for (int t = 0; t < c.rows[0]; t++) {
+      const VecF x = load(in.row(c, t) + at);
+      const VecF y = start + a * w0 + b * w1 + d * w2 + x * w3;
+      store(out.row(c, t) + at, silu ? y * vsigmoid(y) : y);
+      a = b;
+      b = d;
+      d = x;
+    }
+    store(past + at, a);
+    store(past + width + at, b);
+    store(past + 2 * width + at, d);
+  }
   void run(Context& c, int chunk) const override {
     const int first = chunk * kChannels, width = out.width;
     const int count = width - first < kChannels ? width - first : kChannels;
     float* past = c.states[state];
-    for (int at = first; at < first + count; at += kLanes) {
+    int at = first;
+    if (taps == 4) {
+      for (; at + kLanes <= first + count; at += kLanes) four_taps(c, past, at);
+    }
+    for (; at < first + count; at += kLanes) {
       const int n = first + count - at;
       VecF ring[kMaxTaps];
       for (int k = 0; k + 1 < taps; k++) ring[k] = load_some(past + size_t(k) * width + at, n);
@@ -77,7 +99,7 @@ struct Conv : MixOp {
 
 // Mamba's scan. Source: arXiv 2312.00752, algorithm 2. State (d_state, d_inner).
 struct SelectiveScan : MixOp {
-  static constexpr int kMaxState = 256;
+  static constexpr int kMaxState = 256, kChannels = 8 * kLanes;
   View out, x, dt, b, c_;
   int n;
   const float *decay, *skip;  // (d_state, d_inner) and (d_inner,)
@@ -90,7 +112,7 @@ struct SelectiveScan : MixOp {
     skip = r.floats(out.width);
     state = r.state({1, n, out.width});
   }
-  int chunks(const Context&) const override { return parts(out.width, kLanes); }
+  int chunks(const Context&) const override { return parts(out.width, kChannels); }
   template <int kState>
   EDGE_INLINE void channels(Context& c, int at) const {
     const int size = kState ? kState : n, width = out.width, count = width - at;
@@ -116,7 +138,9 @@ struct SelectiveScan : MixOp {
     for (int i = 0; i < size; i++) store_some(kept + size_t(i) * width + at, s[i], count);
   }
   void run(Context& c, int chunk) const override {
-    n == 16 ? channels<16>(c, chunk * kLanes) : channels<0>(c, chunk * kLanes);
+    for (int at = chunk * kChannels; at < out.width && at < (chunk + 1) * kChannels; at += kLanes) {
+      n == 16 ? channels<16>(c, at) : channels<0>(c, at);
+    }
   }
 };
 
@@ -136,37 +160,66 @@ struct GatedLinear : MixOp {
     r.require(d_v <= kMaxHead, "heads of more than 256");
     state = r.state({1, heads, d_k, d_v});
   }
-  int chunks(const Context&) const override { return heads; }
-  // kVectors: of d_v, where it is a whole number of them.
-  template <int kVectors>
-  EDGE_INLINE void head(Context& c, int h) const {
+  // Heads of 64 are cut in two: two vectors of values for four tokens fill the registers. One
+  // token reads the state straight through.
+  bool halved(const Context& c) const { return d_v == 64 && 64 / kLanes % 2 == 0 && c.rows[0] >= 4; }
+  int chunks(const Context& c) const override { return halved(c) ? 2 * heads : heads; }
+  // kVectors: of d_v from column `at` on; 0: all of them, with a rest. Each part of the state is
+  // read once for kTokens tokens.
+  template <int kVectors, int kTokens>
+  EDGE_INLINE void tokens(Context& c, int h, int at, int first) const {
+    constexpr int kSize = kVectors ? kVectors : kMaxVectors;
     const int group = h / (heads / groups), vectors = kVectors ? kVectors : parts(d_v, kLanes);
-    float* s = c.states[state] + size_t(h) * d_k * d_v;
-    for (int t = 0; t < c.rows[0]; t++) {
-      const float step = dt.row(c, t)[h], gate = std::exp(step * decay[h]);
-      const float *read = q.row(c, t) + group * d_k, *key = k.row(c, t) + group * d_k;
-      const float* value = v.row(c, t) + h * d_v;
-      VecF in[kVectors ? kVectors : kMaxVectors], y[kVectors ? kVectors : kMaxVectors];
+    float* s = c.states[state] + size_t(h) * d_k * d_v + at;
+    const float *read[kTokens], *key[kTokens];
+    float gate[kTokens];
+    VecF in[kTokens][kSize], y[kTokens][kSize];
+    for (int t = 0; t < kTokens; t++) {
+      const float step = dt.row(c, first + t)[h];
+      gate[t] = std::exp(step * decay[h]);
+      read[t] = q.row(c, first + t) + group * d_k;
+      key[t] = k.row(c, first + t) + group * d_k;
+      const float* value = v.row(c, first + t) + h * d_v + at;
       for (int j = 0; j < vectors; j++) {
-        in[j] = load_some(value + j * kLanes, kVectors ? kLanes : d_v - j * kLanes) * step;
-        y[j] = splat(0.0f);
+        in[t][j] = load_some(value + j * kLanes, kVectors ? kLanes : d_v - j * kLanes) * step;
+        y[t][j] = splat(0.0f);
       }
-      for (int i = 0; i < d_k; i++) {
-        float* row = s + size_t(i) * d_v;
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; j++) {
-          const int count = kVectors ? kLanes : d_v - j * kLanes;
-          const VecF now = load_some(row + j * kLanes, count) * gate + in[j] * key[i];
-          store_some(row + j * kLanes, now, count);
-          y[j] += now * read[i];
+    }
+    for (int i = 0; i < d_k; i++) {
+      float* row = s + size_t(i) * d_v;
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) {
+        const int count = kVectors ? kLanes : d_v - j * kLanes;
+        VecF now = load_some(row + j * kLanes, count);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; t++) {
+          now = now * gate[t] + in[t][j] * key[t][i];
+          y[t][j] += now * read[t][i];
         }
+        store_some(row + j * kLanes, now, count);
       }
-      float* to = out.row(c, t) + h * d_v;
-      for (int j = 0; j < vectors; j++) store_some(to + j * kLanes, y[j], kVectors ? kLanes : d_v - j * kLanes);
+    }
+    for (int t = 0; t < kTokens; t++) {
+      float* to = out.row(c, first + t) + h * d_v + at;
+      for (int j = 0; j < vectors; j++) {
+        store_some(to + j * kLanes, y[t][j], kVectors ? kLanes : d_v - j * kLanes);
+      }
     }
   }
+  template <int kVectors>
+  EDGE_INLINE void head(Context& c, int h, int at) const {
+    int t = 0;
+    if (kVectors && halved(c)) {
+      for (; t + 4 <= c.rows[0]; t += 4) tokens<kVectors, 4>(c, h, at, t);
+    }
+    for (; t < c.rows[0]; t++) tokens<kVectors, 1>(c, h, at, t);
+  }
   void run(Context& c, int chunk) const override {
-    d_v == 64 ? head<64 / kLanes>(c, chunk) : head<0>(c, chunk);
+    if (halved(c)) {
+      head<32 / kLanes>(c, chunk / 2, chunk % 2 * 32);
+    } else {
+      d_v == 64 ? head<64 / kLanes>(c, chunk, 0) : head<0>(c, chunk, 0);
+    }
   }
 };
 
@@ -227,39 +280,68 @@ struct Wkv6 : MixOp {
     bonus = r.floats(out.width);
     state = r.state({1, heads, d, d});
   }
-  int chunks(const Context&) const override { return heads; }
-  template <int kVectors>
-  EDGE_INLINE void head(Context& c, int h) const {
-    const int vectors = kVectors ? kVectors : parts(d, kLanes);
-    float* s = c.states[state] + size_t(h) * d * d;
-    for (int t = 0; t < c.rows[0]; t++) {
-      const float *read = r_.row(c, t) + h * d, *key = k.row(c, t) + h * d, *value = v.row(c, t) + h * d;
-      const float *gone = (fixed ? fixed : log_decay.row(c, t)) + h * d, *extra = bonus + h * d;
-      float kept[kMaxHead];
-      each(d, [&](int i, int n) { store_some(kept + i, vexp(load_some(gone + i, n)), n); });
-      VecF in[kVectors ? kVectors : kMaxVectors], y[kVectors ? kVectors : kMaxVectors];
-      float now = 0;  // r . (u * k), what this token's value counts at once
-      for (int i = 0; i < d; i++) now += read[i] * extra[i] * key[i];
+  // See GatedLinear.
+  bool halved(const Context& c) const { return d == 64 && 64 / kLanes % 2 == 0 && c.rows[0] >= 4; }
+  int chunks(const Context& c) const override { return halved(c) ? 2 * heads : heads; }
+  template <int kVectors, int kTokens>
+  EDGE_INLINE void tokens(Context& c, int h, int at, int first) const {
+    constexpr int kSize = kVectors ? kVectors : kMaxVectors;
+    const int vectors = kVectors ? kVectors : parts(d, kLanes), base = h * d;
+    float* s = c.states[state] + size_t(h) * d * d + at;
+    const float *read[kTokens], *key[kTokens];
+    float kept[kTokens][kMaxHead];
+    VecF in[kTokens][kSize], y[kTokens][kSize];
+    for (int t = 0; t < kTokens; t++) {
+      read[t] = r_.row(c, first + t) + base;
+      key[t] = k.row(c, first + t) + base;
+      const float* value = v.row(c, first + t) + base + at;
+      const float *gone = (fixed ? fixed : log_decay.row(c, first + t)) + base, *extra = bonus + base;
+      VecF shared = splat(0.0f);  // r . (u * k): what this token's value counts at once
+      each(d, [&](int i, int n) {
+        store_some(kept[t] + i, vexp(load_some(gone + i, n)), n);
+        shared += load_some(read[t] + i, n) * load_some(extra + i, n) * load_some(key[t] + i, n);
+      });
+      const float now = sum(shared);
       for (int j = 0; j < vectors; j++) {
-        in[j] = load_some(value + j * kLanes, kVectors ? kLanes : d - j * kLanes);
-        y[j] = in[j] * now;
+        in[t][j] = load_some(value + j * kLanes, kVectors ? kLanes : d - j * kLanes);
+        y[t][j] = in[t][j] * now;
       }
-      for (int i = 0; i < d; i++) {
-        float* row = s + size_t(i) * d;
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; j++) {
-          const int count = kVectors ? kLanes : d - j * kLanes;
-          const VecF old = load_some(row + j * kLanes, count);
-          y[j] += old * read[i];
-          store_some(row + j * kLanes, old * kept[i] + in[j] * key[i], count);
+    }
+    for (int i = 0; i < d; i++) {
+      float* row = s + size_t(i) * d;
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) {
+        const int count = kVectors ? kLanes : d - j * kLanes;
+        VecF now = load_some(row + j * kLanes, count);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; t++) {
+          y[t][j] += now * read[t][i];
+          now = now * kept[t][i] + in[t][j] * key[t][i];
         }
+        store_some(row + j * kLanes, now, count);
       }
-      float* to = out.row(c, t) + h * d;
-      for (int j = 0; j < vectors; j++) store_some(to + j * kLanes, y[j], kVectors ? kLanes : d - j * kLanes);
+    }
+    for (int t = 0; t < kTokens; t++) {
+      float* to = out.row(c, first + t) + base + at;
+      for (int j = 0; j < vectors; j++) {
+        store_some(to + j * kLanes, y[t][j], kVectors ? kLanes : d - j * kLanes);
+      }
     }
   }
+  template <int kVectors>
+  EDGE_INLINE void head(Context& c, int h, int at) const {
+    int t = 0;
+    if (kVectors && halved(c)) {
+      for (; t + 4 <= c.rows[0]; t += 4) tokens<kVectors, 4>(c, h, at, t);
+    }
+    for (; t < c.rows[0]; t++) tokens<kVectors, 1>(c, h, at, t);
+  }
   void run(Context& c, int chunk) const override {
-    d == 64 ? head<64 / kLanes>(c, chunk) : head<0>(c, chunk);
+    if (halved(c)) {
+      head<32 / kLanes>(c, chunk / 2, chunk % 2 * 32);
+    } else {
+      d == 64 ? head<64 / kLanes>(c, chunk, 0) : head<0>(c, chunk, 0);
+    }
   }
 };
 

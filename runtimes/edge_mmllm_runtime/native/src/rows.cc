@@ -162,7 +162,10 @@ std::unique_ptr<RowOp> read_table(Reader& r, bool by_position) {
   const int blocks = width / block;
   r.require(table->type == 2 && table->size() == int64_t(vocab) * width * bits / 8,
             "an embedding of another type or size");
-  const float* scales = r.floats(int64_t(vocab) * blocks);
+  const Tensor* all_scales = r.tensor();
+  r.require(all_scales->type == 10 && all_scales->size() == int64_t(vocab) * blocks,
+            "scales of another type or size");
+  const uint16_t* scales = static_cast<const uint16_t*>(all_scales->data);
   const Tensor* zeros = r.tensor(true);
   const int64_t zero_row = (int64_t(blocks) * bits + 7) / 8;
   r.require(zeros == nullptr || (zeros->type == 2 && zeros->size() == vocab * zero_row),
@@ -174,7 +177,7 @@ std::unique_ptr<RowOp> read_table(Reader& r, bool by_position) {
     const uint8_t* codes = all_codes + id * width * bits / 8;
     float* y = out.row(c, t);
     for (int b = 0; b < blocks; b++) {
-      const float scale = scales[id * blocks + b];
+      const float scale = half_to_float(scales[id * blocks + b]);
       int zero = bits == 4 ? 8 : 128;
       if (all_zeros != nullptr) {
         const uint8_t* z = all_zeros + id * zero_row;

@@ -31,8 +31,12 @@ class Team {
       counts_[p].claimed.store(0, std::memory_order_relaxed);
       counts_[p].done.store(0, std::memory_order_relaxed);
     }
+    taken_.store(false, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
   }
+
+  // True for one of the threads of a forward.
+  bool first() { return !taken_.exchange(true, std::memory_order_relaxed); }
 
   template <typename Task>
   EDGE_INLINE void work(int phase, int chunks, Task task) {
@@ -58,6 +62,7 @@ class Team {
     std::atomic<int> claimed{0}, done{0};
   };
   int phases_;
+  std::atomic<bool> taken_{false};
   std::unique_ptr<Count[]> counts_;
 };
 

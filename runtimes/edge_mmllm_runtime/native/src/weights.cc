@@ -26,21 +26,6 @@ uint32_t interleave(uint32_t nibbles) {
   return spread(nibbles & 0xffff) | spread(nibbles >> 16) << 4;
 }
 
-void put(uint8_t* to, int lane, float value, bool half) {
-  if (half) {
-    reinterpret_cast<uint16_t*>(to)[lane] = float_to_half(value);
-  } else {
-    reinterpret_cast<float*>(to)[lane] = value;
-  }
-}
-
-bool exact_halves(const float* values, size_t count) {
-  for (size_t i = 0; i < count; i++) {
-    if (half_to_float(float_to_half(values[i])) != values[i]) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 Arena::Arena(size_t bytes) : size_(round_up(bytes + 64, kHugePage)) {
@@ -66,7 +51,7 @@ void lay_out(Matrix& m, const MatrixSource& source) {
     return;
   }
   m.zeros = source.int_zeros != nullptr || source.float_zeros != nullptr;
-  m.half_scales = source.float_zeros == nullptr && exact_halves(source.scales, size_t(m.n) * m.blocks);
+  m.half_scales = source.float_zeros == nullptr;
   const int bits = m.kind == Matrix::kInt4 ? 4 : 8;
   m.block_bytes = size_t(kLanes) * ((m.half_scales ? 2 : 4) * (m.zeros ? 2 : 1) + m.block * bits / 8);
   m.group_bytes = m.block_bytes * m.blocks;
@@ -98,18 +83,26 @@ void pack(Matrix& m, const MatrixSource& source, uint8_t* to) {
     const int lane = row % kLanes;
     uint8_t* block = to + row / kLanes * m.group_bytes;
     for (int b = 0; b < m.blocks; b++, block += m.block_bytes) {
-      const float scale = source.scales[size_t(row) * m.blocks + b];
-      put(block, lane, scale, m.half_scales);
+      const size_t at = size_t(row) * m.blocks + b;
+      if (m.half_scales) {
+        reinterpret_cast<uint16_t*>(block)[lane] = static_cast<const uint16_t*>(source.scales)[at];
+      } else {
+        reinterpret_cast<float*>(block)[lane] = static_cast<const float*>(source.scales)[at];
+      }
       uint8_t* out = block + kLanes * scale_bytes;
       if (m.zeros) {
         float zero;
         if (source.float_zeros != nullptr) {
-          zero = source.float_zeros[size_t(row) * m.blocks + b];
+          zero = source.float_zeros[at];
         } else {
           const uint8_t* zeros = source.int_zeros + row * zero_row;
           zero = bits == 8 ? zeros[b] : zeros[b / 2] >> (b % 2 * 4) & 15;
         }
-        put(out, lane, zero, m.half_scales);
+        if (m.half_scales) {  // whole numbers up to 255: exact
+          reinterpret_cast<uint16_t*>(out)[lane] = float_to_half(zero);
+        } else {
+          reinterpret_cast<float*>(out)[lane] = zero;
+        }
         out += kLanes * scale_bytes;
       }
       const uint8_t* from = codes + (size_t(row) * m.blocks + b) * blob;

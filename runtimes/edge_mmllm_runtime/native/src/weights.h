@@ -43,7 +43,7 @@ struct Matrix {
 // What a matrix is made of: MatMulNBits's tensors, or the rows of a float one.
 struct MatrixSource {
   const void* codes;           // uint8 (n, blocks, block * bits / 8); or float32 / float16 (n, k)
-  const float* scales;         // (n, blocks)
+  const void* scales;          // (n, blocks): float16, or float32 with float zeros
   const uint8_t* int_zeros;    // (n, ceil(blocks * bits / 8)), or null
   const float* float_zeros;    // (n, blocks), or null
 };
