@@ -8,6 +8,7 @@ class and a line in `LAYOUTS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -62,24 +63,37 @@ class Beside(Plain):
     """Rows that stand beside the tokens, in cross_kv states; the placeholder stays a token.
 
     Key `sees`: `latest`: a token sees the last picture before it (Idefics). `run`: the same, but
-    pictures in a row are seen together (Llama-3.2-Vision).
+    pictures in a row are seen together (Llama-3.2-Vision). Key `fence`: a text before and after
+    each placeholder, once between two in a row. Key `until`: an id that ends sight of all pictures
+    before it.
     """
 
     def __init__(self, modality: Modality, fields: Fields) -> None:
         super().__init__(modality, fields)
         self._sees = fields.one_of("sees", ("latest", "run"))
+        self._fence = fields.maybe_text("fence") or ""
+        self._until = fields.maybe_integer("until")
 
     def text(self, item: Prepared) -> str:
-        return self._placeholder
+        return self._fence + self._placeholder + self._fence
 
-    def seen_by(self, positions: list[int]) -> list[tuple[int, int]]:
-        """For the placeholders at these positions: the first token that sees each picture, and
-        the first that does not any more."""
+    def tidy(self, text: str) -> str:
+        """The text of a whole prompt, with one fence between two pictures, and where it had its
+        own."""
+        fences = f"(?:{re.escape(self._fence)})+"
+        return re.sub(fences, lambda _: self._fence, text) if self._fence else text
+
+    def seen_by(self, positions: list[int], ids: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """For the placeholders at these positions of a prompt: the first token that sees each
+        picture, and the first that does not any more."""
         ends = [*positions[1:], _EVER]
         if self._sees == "run":
             for i in reversed(range(len(positions) - 1)):
                 if positions[i] + 1 == positions[i + 1]:
                     ends[i] = ends[i + 1]
+        for i, first in enumerate(positions if self._until is not None else ()):
+            last = min(ends[i], len(ids))
+            ends[i] = next((k + 1 for k in range(first, last) if ids[k] == self._until), ends[i])
         return list(zip(positions, ends, strict=False))
 
 

@@ -172,10 +172,18 @@ class Perception:
 
         return Item(modality, key, mark, 1 if sense.beside else count, rows)
 
-    def seen_by(self, modality: str, positions: list[int]) -> list[tuple[int, int]]:
-        """The span of tokens that sees each item, whose placeholders stand at `positions`."""
+    def tidy(self, modality: str, text: str) -> str:
+        """A prompt in which placeholders have become their text, as its layout wants the whole."""
         layout: Any = self._sense(modality).layout
-        spans: list[tuple[int, int]] = layout.seen_by(positions)
+        return str(layout.tidy(text)) if hasattr(layout, "tidy") else text
+
+    def seen_by(
+        self, modality: str, positions: list[int], ids: list[int]
+    ) -> list[tuple[int, int]]:
+        """The span of tokens that sees each item, whose placeholders stand at `positions` of the
+        prompt `ids`."""
+        layout: Any = self._sense(modality).layout
+        spans: list[tuple[int, int]] = layout.seen_by(positions, ids)
         return spans
 
     def is_kept(self, item: Item) -> bool:

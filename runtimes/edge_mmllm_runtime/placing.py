@@ -54,6 +54,8 @@ def place_text(
     if inside:
         pattern = re.compile("|".join(re.escape(t) for t in sorted(inside, key=len)[::-1]))
         text = pattern.sub(lambda match: next(inside[match[0]]).text, text)
+        for name in items:
+            text = session.perception.tidy(name, text)
     whole = session.spec.decoder_start_id is not None
     ids = session.check_ids(session.text.encode(text, add_bos=add_bos, whole=whole))
     lead = [spec[i.modality].token_id for i in front for _ in range(i.places)]
@@ -171,7 +173,7 @@ def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -
             if modality.target == "embeddings":
                 spans += _runs(places, item)
         if modality.target == "states":
-            seen = session.perception.seen_by(name, at.tolist())
+            seen = session.perception.seen_by(name, at.tolist(), known.tolist())
             stage = f"remember_{name}"
             looks += [Look(stage, *s, i.rows) for s, i in zip(seen, own, strict=True)]
     if not (spans or looks):

@@ -127,6 +127,6 @@ class Exports:
         if (name, plan) not in self._known:
             loaded = references.load(FOLDER / name, plan)
             folder = self._root / str(len(self._known))
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # an export before may have failed
             self._known[name, plan] = loaded, export(loaded, folder)
         return self._known[name, plan]

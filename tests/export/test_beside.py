@@ -203,3 +203,35 @@ def test_spans(sees, positions, spans):
     modality = replace(model.modalities()["image"], layout={"kind": "beside", "sees": sees})
     layout = Beside(modality, Fields(modality.layout, "layout"))
     assert layout.seen_by(positions) == spans
+
+
+@pytest.mark.parametrize(
+    ("text", "tidy"),
+    [
+        ("a<image>b", "a|<image>|b"),
+        ("<image><image>b", "|<image>|<image>|b"),
+        ("a|<image>|b", "a|<image>|b"),
+        ("a|<image>|<image>|", "a|<image>|<image>|"),
+    ],
+)
+def test_fences(text, tidy):
+    """As `IdeficsProcessor` of transformers 5.23 writes them; a text that has them keeps them."""
+    layout = beside(fence="|")
+    assert layout.tidy(text.replace("<image>", layout.text(None))) == tidy
+
+
+def test_sight_ends_with_the_document():
+    """As `image_attention_mask_for_packed_input_ids` of transformers 5.23."""
+    layout = beside(until=2)
+    ids = [2, 7, 5, 2, 5, 7, 7, 5, 2, 2]
+    assert layout.seen_by([1, 5, 6], ids) == [(1, 4), (5, 6), (6, 9)]
+
+
+def beside(**keys):
+    from edge_mmllm._fields import Fields
+
+    model = composed().model
+    modality = replace(
+        model.modalities()["image"], layout={"kind": "beside", "sees": "latest"} | keys
+    )
+    return Beside(modality, Fields(modality.layout, "layout"))

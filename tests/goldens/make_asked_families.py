@@ -176,6 +176,52 @@ def instructed(around: str) -> Callable[[], Any]:
     return make
 
 
+IDEFICS = {
+    "vocab_size": VOCAB - 2,
+    "additional_vocab_size": 2,
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "vision_config": {k: v for k, v in EVA.items() if k != "hidden_size"} | {"embed_dim": 32},
+    "perceiver_config": {
+        "resampler_n_latents": 4,
+        "resampler_depth": 1,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+        "qk_layer_norms_perceiver": True,
+    },
+}
+FENCE = "<fake_token_around_image>"
+
+
+def idefics(**settings: Any) -> Family:
+    return Family(
+        lambda: transformers.IdeficsForVisionText2Text(
+            transformers.IdeficsConfig(**IDEFICS | settings)
+        ),
+        lambda: transformers.IdeficsProcessor(
+            transformers.IdeficsImageProcessorPil(image_size=28),
+            fast("<s> $A", last=(FENCE, "<image>")),
+        ),
+        "w10 w4 <image> w50 w33 w8 </s> w71 w5 <image> w20 w62 w9",
+        (0, 1),
+        ask=lambda processor, prompt, images: processor(text=interleaved(prompt, images)),
+        grow=("image_attention_mask",),
+    )
+
+
+def interleaved(prompt: str, images: list[Any]) -> list[Any]:
+    parts: list[Any] = prompt.split("<image>")
+    for i, image in enumerate(images):
+        parts.insert(2 * i + 1, image)
+    return parts
+
+
 QUESTION = "w10 w4 w50 w33 w8 w71 w5 w20 w62"
 FAMILIES = {
     "blip2-opt": Family(
@@ -202,6 +248,10 @@ FAMILIES = {
         QUESTION,
         answer=(PAD, 9, 30, 41, 12, 77),
     ),
+    "idefics": idefics(
+        use_resampler=True, qk_layer_norms=True, alpha_type="vector", cross_layer_interval=2
+    ),
+    "idefics-plain": idefics(),
 }
 
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "smolvlm": "idefics3:idefics3",
     "blip-2": "blip2:blip2",
     "instructblip": "instructblip:instructblip",
+    "idefics": "idefics:idefics",
 }
 
 

@@ -252,7 +252,7 @@ class Composite:
                     f"project_{path.name}",
                     f"{path.name}.projector.",
                     _ports(projector, features),
-                    "features" if beside else "inputs_embeds",
+                    "projected" if beside else "inputs_embeds",
                     path.width,
                     _project(projector, encoder.width),
                 )

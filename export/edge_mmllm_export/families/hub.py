@@ -185,6 +185,24 @@ def image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     )
 
 
+def token_id(checkpoint: Checkpoint, text: str) -> int:
+    """The id of a special token, where the config does not say it.
+
+    Raises:
+        CheckpointError: the tokenizer has no such token.
+    """
+    tokens = side_file(checkpoint, "tokenizer.json").get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else []:
+        if isinstance(token, dict) and token.get("content") == text:
+            return Fields(token, f"{checkpoint.source}, tokenizer.json").size("id", least=0)
+    raise CheckpointError(
+        f"the tokenizer has no token {text}",
+        where=str(checkpoint.source),
+        expected=f"tokenizer.json with {text} among its added_tokens",
+        fix="copy it from the checkpoint's original release",
+    )
+
+
 def placeholder(checkpoint: Checkpoint, token_id: int, key: str = "image_token") -> str:
     """The text of a placeholder's id: as the processor names it, or as the tokenizer does.
 

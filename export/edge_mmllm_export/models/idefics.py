@@ -139,7 +139,7 @@ class Idefics:
             _, i, part = p.name.split(".", 2)
             their = f"model.gated_cross_attn_layers.{i}.{_NAMES[part]}"
             if part.startswith("gate_"):
-                out[p.name] = Source(their, apply=np.tanh)
+                out[p.name] = Source(their, whole=np.tanh)  # stored with leading axes of one
             elif part in ("attn.norm_q", "attn.norm_k"):  # one norm, for every head
                 out[p.name] = Source(their, whole=partial(_repeated, times=heads), stored=(d,))
             else:
