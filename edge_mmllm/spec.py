@@ -15,7 +15,7 @@ from edge_mmllm._fields import Fields
 from edge_mmllm.errors import CorruptBundle
 from edge_mmllm.modality import MODALITIES, Component, Modality
 
-StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift"]
+StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift", "place"]
 Dtype = Literal["float32", "float16", "int8", "int64"]
 TokenizerKind = Literal["tokenizers", "rwkv-world", "bytes", "none"]
 
@@ -43,7 +43,9 @@ class StateSpec:
         dtype: element type.
         kind: `kv` states may share one buffer between past and present; `cross_kv` states are
             written by the stage that lists them in `fills`, and only read by the decoder (no
-            `next.<name>`); the others are written whole in each forward.
+            `next.<name>`); `place` is int64 `(1,)`, the first rotary position behind all tokens,
+            which lies before the number of tokens once a picture was read (the decoder then has
+            an input `places`); the others are written whole in each forward.
     """
 
     name: str
@@ -82,6 +84,8 @@ class StateSpec:
                 "sizes of at least 1, at most one -1 in a kv state, one -2 in cross_kv",
             )
         dtype = cast(Dtype, fields.one_of("dtype", get_args(Dtype)))
+        if kind == "place" and (shape, dtype) != ((1,), "int64"):
+            raise fields.fail("shape", "(1,), int64, of a place")
         return cls(fields.text("name"), shape, dtype, kind)
 
 
@@ -97,8 +101,9 @@ class Stage:
         file: path inside the bundle, relative, with forward slashes.
         inputs: graph inputs in order, states left out. Of `input_ids` int64 `(seq,)`,
             `inputs_embeds` float32 `(seq, hidden)`, `position` int64 `(1,)` (index of the first
-            new token), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits); an
-            encoder's first is what preprocessing makes (`pixels` float32
+            new token), `places` int64 `(3, seq)` (three positions of each new token, counted from
+            the `place` state), `logit_rows` int64 `(rows,)` (which of the `seq` rows get logits);
+            an encoder's first is what preprocessing makes (`pixels` float32
             `(channels, height, width)`), a projector's first is `features` float32
             `(rows, width)`.
         outputs: graph outputs in order, states left out: `logits` float32 `(rows, vocab)` for a

@@ -182,6 +182,8 @@ def _decoder(
     embeddings = _embeddings(graph, op, model, weights, inputs)
     if any(s.kind == "kv" for s in states):
         graph.input("position", "int64", [1])
+    if any(s.kind == "place" for s in states):
+        graph.input("places", "int64", [3, "seq"])
     graph.input("logit_rows", "int64", ["rows"])
     for s in states:
         graph.input(f"state.{s.name}", s.dtype, _symbolic(s.shape))

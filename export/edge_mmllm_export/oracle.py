@@ -83,8 +83,19 @@ class Oracle:
         """Token ids `(seq,)` -> `(seq, hidden)`."""
         return self.model.embed(self.ops(), self.weights, ids)
 
-    def forward_embeddings(self, x: Array, rows: NDArray[np.int64] | None = None) -> Array:
-        """Embeddings `(seq, hidden)` -> logits `(rows, vocab)`; all rows by default."""
-        logits = self.model.decode(self.ops(rows), self.weights, x)
+    def forward_embeddings(
+        self,
+        x: Array,
+        rows: NDArray[np.int64] | None = None,
+        places: NDArray[np.int64] | None = None,
+    ) -> Array:
+        """Embeddings `(seq, hidden)` -> logits `(rows, vocab)`; all rows by default.
+
+        Args:
+            places: see `Ops.stream_angles`; None for text.
+        """
+        op = self.ops(rows)
+        op.places = np.tile(np.arange(len(x)), (3, 1)) if places is None else places
+        logits = self.model.decode(op, self.weights, x)
         self.position += len(x)
         return logits

@@ -148,5 +148,5 @@ def oracle_logits(
         oracle.look(look.rows(), (look.start, look.end))
     if answer is not None:
         return oracle.forward(answer)
-    logits: Float32 = oracle.forward_embeddings(x)
+    logits: Float32 = oracle.forward_embeddings(x, places=session_prompt.own_places())
     return logits

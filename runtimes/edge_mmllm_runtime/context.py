@@ -197,7 +197,12 @@ class Context:
                     rows = np.array([len(part) - 1])
                 else:
                     rows = np.empty(0, np.int64)
-                parts.append(engine.forward(part, start + begin, rows))
+                placed = x[begin : begin + len(part)] if isinstance(x, Prompted) else None
+                places = None if placed is None else placed.own_places()
+                if places is None:
+                    parts.append(engine.forward(part, start + begin, rows))
+                else:
+                    parts.append(engine.forward(part, start + begin, rows, places))
         except BaseException:
             if mark is not None:
                 engine.rollback(mark)

@@ -65,13 +65,17 @@ class Engine(Protocol):
         """Rows in the cross_kv states."""
         ...
 
-    def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
+    def forward(
+        self, chunk: Int64 | Float32, position: int, rows: Int64, places: Int64 | None = None
+    ) -> Float32:
         """Runs `chunk` and advances the states by its length.
 
         Args:
             chunk: token ids `(seq,)` or embeddings `(seq, hidden)`, seq >= 1.
             position: tokens already in the states.
             rows: `(rows,)` which of the `seq` rows get logits; may be empty.
+            places: `(3, seq)` where the tokens stand, counted from the `place` state; None: as
+                text does. Of models without such a state always None.
 
         Returns:
             float32 `(rows, vocab)`, owned by the caller.

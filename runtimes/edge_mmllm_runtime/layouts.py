@@ -8,6 +8,7 @@ class and a line in `LAYOUTS`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from edge_mmllm._fields import Fields
-from edge_mmllm.errors import UnsupportedBundle
+from edge_mmllm.errors import UnsupportedBundle, UnsupportedMedia
 from edge_mmllm.modality import Modality
-from edge_mmllm_runtime.engine import Float32
+from edge_mmllm_runtime.engine import Float32, Int64
 from edge_mmllm_runtime.media import Prepared
 
 
@@ -34,6 +35,10 @@ class Layout(Protocol):
 
     def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
         """The rows `(count, hidden)`, of what each run of the stages gave."""
+        ...
+
+    def places(self, item: Prepared) -> Int64 | None:
+        """Where the rows stand, `(3, count)`, counted from the item's begin; None: as text does."""
         ...
 
 
@@ -53,6 +58,9 @@ class Plain:
 
     def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def places(self, item: Prepared) -> Int64 | None:
+        return None
 
 
 #: No token lies so far: a picture that every later token sees.
@@ -117,11 +125,106 @@ class Tiles(Plain):
         return out + "\n" * bool(rows) + self._fence + self._whole + each + self._fence
 
 
+class Grid:
+    """Qwen2-VL: as many rows as the picture's grid of patches has squares of `merge` by `merge`.
+    They stand in three streams of positions: frame, row, column."""
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        self._placeholder = modality.placeholder
+        self._merge = fields.integer("merge", least=1)
+
+    def _grid(self, item: Prepared) -> tuple[int, int, int]:
+        frames, rows, columns = getattr(item.shape, "prepared", item.shape).patch_grid
+        return frames, rows // self._merge, columns // self._merge
+
+    def text(self, item: Prepared) -> str:
+        return self._placeholder * self.count(item)
+
+    def count(self, item: Prepared) -> int:
+        return math.prod(self._grid(item))
+
+    def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
+        return parts[0]
+
+    def places(self, item: Prepared) -> Int64 | None:
+        return np.indices(self._grid(item), np.int64).reshape(3, -1)
+
+
+class Unpadded(Plain):
+    """LLaVA-NeXT: the rows of the whole picture, then those of all tiles line by line, without
+    those of the padding, each line ended by a row of its own.
+
+    Key `side`: rows and columns of a tile. Each run of the stages gives the tile's rows, and the
+    row that ends a line.
+    """
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        super().__init__(modality, fields)
+        self._side = fields.integer("side", least=1)
+        if self._side**2 != self._tokens:
+            raise fields.fail("side", f"the square root of the {self._tokens} tokens")
+
+    def _kept(self, item: Prepared) -> tuple[slice, slice]:
+        """Which lines and columns of all tiles hold the picture.
+
+        Source: `unpad_image` of transformers 5.23, whose rounding it follows.
+        """
+        height, width = item.shape.original_size
+        lines, columns = (n * self._side for n in item.shape.grid)
+        if width / height > columns / lines:
+            padding = (lines - int(round(height * (columns / width), 7))) // 2
+            return slice(padding, lines - padding), slice(0, columns)
+        padding = (columns - int(round(width * (lines / height), 7))) // 2
+        return slice(0, lines), slice(padding, columns - padding)
+
+    def count(self, item: Prepared) -> int:
+        lines, columns = (kept.stop - kept.start for kept in self._kept(item))
+        count: int = self._tokens + lines * (columns + 1)
+        return count
+
+    def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
+        side, (rows, columns) = self._side, item.shape.grid
+        whole, *tiles = (part[:-1] for part in parts)
+        end = parts[0][-1]
+        squares = np.stack(tiles).reshape(rows, columns, side, side, -1).swapaxes(1, 2)
+        lines = squares.reshape(rows * side, columns * side, -1)[self._kept(item)]
+        ends = np.broadcast_to(end, (len(lines), 1, len(end)))
+        ended = np.concatenate([lines, ends], axis=1).reshape(-1, len(end))
+        return np.concatenate([whole, ended])
+
+
+class Sound:
+    """Qwen2-Audio: a row for each `stride` times `pooled` frames that hold sound."""
+
+    def __init__(self, modality: Modality, fields: Fields) -> None:
+        self._placeholder = modality.placeholder
+        self._stride = fields.integer("stride", least=1)
+        self._pooled = fields.integer("pooled", least=1)
+
+    def text(self, item: Prepared) -> str:
+        return self._placeholder * self.count(item)
+
+    def count(self, item: Prepared) -> int:
+        count = -(-int(item.shape.valid) // self._stride) // self._pooled
+        if not count:
+            raise UnsupportedMedia("the sound is too short", found=f"{item.shape.seconds:.3f} s")
+        return count
+
+    def arrange(self, parts: Sequence[Float32], item: Prepared) -> Float32:
+        return parts[0]
+
+    def places(self, item: Prepared) -> Int64 | None:
+        return None
+
+
 #: `layout.kind` -> what interprets it: `(modality, fields of the layout) -> Layout`.
 LAYOUTS: dict[str, Any] = {
     "plain": Plain,
     "beside": Beside,
     "tiles": Tiles,
+    "grid": Grid,
+    "unpadded": Unpadded,
+    "sound": Sound,
 }
 
 

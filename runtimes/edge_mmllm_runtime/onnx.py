@@ -140,8 +140,9 @@ class OnnxEngine:
         """Binds the states both ways round, and the fixed inputs and output of a step."""
         spec = self._spec
         width = spec.hidden_size if self.accepts_embeddings else 2
-        sizes = [8, 8, 8, 4 * width, 4 * spec.vocab_size]
-        ids, position, rows, embeds, logits = allocate(sizes)
+        sizes = [8, 8, 8, 24, 4 * width, 4 * spec.vocab_size]
+        ids, position, rows, place, embeds, logits = allocate(sizes)
+        self._place: Int64 = place.view(np.int64).reshape(3, 1)  # a step's token: always 0
         self._token: Int64 = ids.view(np.int64)
         self._position: Int64 = position.view(np.int64)
         self._first_row: Int64 = rows.view(np.int64)
@@ -165,6 +166,8 @@ class OnnxEngine:
                 step.bind_ortvalue_input("input_ids", _value(self._token))
             if "logit_rows" in self._inputs:
                 step.bind_ortvalue_input("logit_rows", _value(self._first_row))
+            if "places" in self._inputs:
+                step.bind_ortvalue_input("places", _value(self._place))
             step.bind_ortvalue_output("logits", self._logits_value)
         self._step_bindings = bindings  # keeps the OrtValues of `_steps` alive
         self._bind_memory()
@@ -189,7 +192,9 @@ class OnnxEngine:
             binding.bind_ortvalue_input("position", _value(self._position))
         return binding
 
-    def forward(self, chunk: Int64 | Float32, position: int, rows: Int64) -> Float32:
+    def forward(
+        self, chunk: Int64 | Float32, position: int, rows: Int64, places: Int64 | None = None
+    ) -> Float32:
         """See `Engine.forward`."""
         if self._session is None:
             self._wake()
@@ -201,6 +206,10 @@ class OnnxEngine:
             "inputs_embeds" if self.accepts_embeddings else "input_ids", source
         )
         pruned = "logit_rows" in self._inputs
+        if "places" in self._inputs:
+            if places is None:
+                places = np.tile(np.arange(len(chunk), dtype=np.int64), (3, 1))
+            binding.bind_ortvalue_input("places", _value(np.ascontiguousarray(places)))
         logits = np.empty((len(rows) if pruned else len(chunk), self._spec.vocab_size), np.float32)
         if pruned:
             binding.bind_ortvalue_input("logit_rows", _value(np.ascontiguousarray(rows, np.int64)))
@@ -374,6 +383,7 @@ def _check(
         "input_ids": ("tensor(int64)", (None,)),
         "inputs_embeds": ("tensor(float)", (None, spec.hidden_size)),
         "position": ("tensor(int64)", (1,)),
+        "places": ("tensor(int64)", (3, None)),
         "logit_rows": ("tensor(int64)", (None,)),
         "logits": ("tensor(float)", (None, spec.vocab_size)),
         "features": ("tensor(float)", (None, None)),

@@ -63,6 +63,7 @@ class Item:
         places: positions it takes in the prompt: one for each row, or, where its rows stand
             beside the tokens, the placeholder's own.
         rows: float32 `(rows, width)`; computes them on the first call.
+        steps: where its rows stand, see `Layout.places`.
     """
 
     modality: str
@@ -70,6 +71,7 @@ class Item:
     text: str
     places: int
     rows: Callable[[], Float32]
+    steps: Int64 | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Perception:
         self._engine, self._spec, self.read_file = engine, spec, read_file
         self._senses: dict[str, _Sense] = {}
         self._features: OrderedDict[bytes, Float32] = OrderedDict()
-        self._known: dict[bytes, tuple[str, int]] = {}
+        self._known: dict[bytes, tuple[str, int, Int64 | None]] = {}
         self.timings, self.limit_bytes = Timings(), DEFAULT_LIMIT_BYTES
         self.keep_stages = True
 
@@ -148,10 +150,15 @@ class Perception:
         prepared: Prepared | None = None
         if own not in self._known:
             prepared = sense.reader.prepare(source, sense.settings)
-            self._known[own] = sense.layout.text(prepared), sense.layout.count(prepared)
+            layout = sense.layout
+            self._known[own] = (
+                layout.text(prepared),
+                layout.count(prepared),
+                layout.places(prepared),
+            )
         self.timings.items += 1
         self.timings.preprocess_ms += _ms(started)
-        mark, count = self._known[own]
+        mark, count, steps = self._known[own]
         key, text_ids = own, None
         if sense.text is not None:
             text_ids = np.array(sense.text.encode(text, whole=True), np.int64)
@@ -170,16 +177,14 @@ class Perception:
                 self.timings.preprocess_ms += _ms(begun)
             return self._keep(key, self._encode(own, sense, made, count, text_ids))
 
-        return Item(modality, key, mark, 1 if sense.beside else count, rows)
+        return Item(modality, key, mark, 1 if sense.beside else count, rows, steps)
 
     def tidy(self, modality: str, text: str) -> str:
         """A prompt in which placeholders have become their text, as its layout wants the whole."""
         layout: Any = self._sense(modality).layout
         return str(layout.tidy(text)) if hasattr(layout, "tidy") else text
 
-    def seen_by(
-        self, modality: str, positions: list[int], ids: list[int]
-    ) -> list[tuple[int, int]]:
+    def seen_by(self, modality: str, positions: list[int], ids: list[int]) -> list[tuple[int, int]]:
         """The span of tokens that sees each item, whose placeholders stand at `positions` of the
         prompt `ids`."""
         layout: Any = self._sense(modality).layout

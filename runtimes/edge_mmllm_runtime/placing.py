@@ -159,6 +159,7 @@ def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -
     known, ids = ids, ids.copy()
     spans: list[Span] = []
     looks: list[Look] = []
+    standing: list[tuple[Int64, Item]] = []
     for name, modality in session.spec.modalities.items():
         own = items.get(name, ())
         at = np.flatnonzero(known == modality.token_id)
@@ -170,6 +171,7 @@ def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -
             places = at[begin : begin + item.places]
             begin += item.places
             ids[places] = identities(item.key, item.places)
+            standing.append((places, item))
             if modality.target == "embeddings":
                 spans += _runs(places, item)
         if modality.target == "states":
@@ -178,7 +180,33 @@ def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -
             looks += [Look(stage, *s, i.rows) for s, i in zip(seen, own, strict=True)]
     if not (spans or looks):
         return Prompted(known)
-    return Prompted(ids, tuple(spans), known, tuple(looks))
+    found = [(at, item.steps) for at, item in standing if item.steps is not None and len(at)]
+    return Prompted(ids, tuple(spans), known, tuple(looks), places=_stepped(len(ids), found))
+
+
+def _stepped(count: int, items: Sequence[tuple[Int64, Int64]]) -> Int64 | None:
+    """Where the tokens of a prompt stand in three streams, `(3, count)`: text goes on behind the
+    largest position of an item. None where no item takes positions of its own.
+
+    Args:
+        items: which tokens are an item's rows, and `Item.steps`.
+    """
+    if not items:
+        return None
+    out, reached, begin = np.empty((3, count), np.int64), 0, 0
+    for at, steps in sorted(items, key=lambda pair: int(pair[0][0])):
+        start = int(at[0])
+        if at[-1] - start + 1 != len(at):
+            raise UsageError(
+                "the rows of one item stand apart",
+                where=f"prompt, position {start}",
+                expected=f"{len(at)} placeholder ids in a row",
+            )
+        out[:, begin:start] = np.arange(reached, reached + start - begin)
+        out[:, at] = reached + start - begin + steps
+        reached, begin = int(out[:, at].max()) + 1, start + len(at)
+    out[:, begin:] = np.arange(reached, reached + count - begin)
+    return out
 
 
 def _runs(places: Int64, item: Item) -> Iterator[Span]:
@@ -218,7 +246,7 @@ def _without_media(
             session.perception.item(kind, own)  # says what the bundle understands
         found[kind].append(left[kind].pop(0) if own is None else own)
         if session.text.takes_parts:
-            parts.append({"type": kind})
+            parts.append({"type": kind, kind: ""})  # templates look for either
         else:
             parts.append({"type": "text", "text": spec[kind].placeholder})
     return {**message, "content": parts}

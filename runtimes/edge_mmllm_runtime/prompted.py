@@ -78,6 +78,8 @@ class Prompted:
         known: int64 `(n,)`, token ids: a placeholder's where `ids` is negative. None: `ids`.
         looks: rows beside the tokens, of the whole prompt.
         origin: of a part: its position in the whole prompt.
+        places: int64 `(3, n)`, where the tokens of the whole prompt stand, for models whose
+            pictures take other positions than as many tokens; None: as text does.
     """
 
     ids: Int64
@@ -85,6 +87,7 @@ class Prompted:
     known: Int64 | None = None
     looks: tuple[Look, ...] = ()
     origin: int = 0
+    places: Int64 | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,12 +101,21 @@ class Prompted:
             None if self.known is None else self.known[begin:end],
             self.looks,
             self.origin + begin,
+            self.places,
         )
 
     @property
     def tokens(self) -> Int64:
         """int64 `(n,)`, ids of the vocabulary at every position."""
         return self.ids if self.known is None else self.known
+
+    def own_places(self) -> Int64 | None:
+        """int64 `(3, n)`, counted from the first position behind what comes before this part."""
+        if self.places is None:
+            return None
+        before = int(self.places[:, : self.origin].max(initial=-1)) + 1
+        own: Int64 = self.places[:, self.origin : self.origin + len(self)] - before
+        return own
 
     def load(self) -> None:
         """Has the rows of every span and look computed now."""

@@ -88,8 +88,16 @@ class StateBuffers:
             self.pairs[spec.name][self.parity].fill(0)
 
     def rewind(self, position: int, to: int) -> bool:
-        """See `Engine.rewind`: free of cost where every state grows."""
-        return not self.fixed or to == position
+        """See `Engine.rewind`: free of cost where every state grows. A place can go back as long
+        as it is where text alone would be."""
+        places = [self.pairs[s.name][self.parity] for s in self.fixed if s.kind == "place"]
+        if to == position or not self.fixed:
+            return True
+        if len(places) < len(self.fixed) or any(int(p[0]) != position for p in places):
+            return False
+        for place in places:
+            place[0] = to
+        return True
 
     def mark(self) -> Arrays:
         """Copies of the states that do not grow: the others keep their first tokens anyway."""

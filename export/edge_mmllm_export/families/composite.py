@@ -94,12 +94,15 @@ class Pathway:
     Attributes:
         encoder, projector: an `Encoder` and a `Projector`, if there is one.
         modality: what the manifest says of it; its `stages` are filled in.
+        encoder_of, projector_of: the pathway before it whose encoder (projector) serves here too.
     """
 
     name: ModalityName
     encoder: Part
     projector: Part | None
     modality: Modality
+    encoder_of: ModalityName | None = None
+    projector_of: ModalityName | None = None
 
     @property
     def width(self) -> int:
@@ -111,7 +114,8 @@ class Pathway:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of its stages, in the order that an item passes them."""
-        names = (f"encode_{self.name}", f"project_{self.name}")
+        encoder, projector = self.encoder_of or self.name, self.projector_of or self.name
+        names = (f"encode_{encoder}", f"project_{projector}")
         return names if self.projector is not None else names[:1]
 
 
@@ -183,8 +187,9 @@ class Composite:
         """Our prefix of each component but the backbone."""
         out = []
         for path in self.pathways:
-            out.append((f"{path.name}.encoder.", path.encoder))
-            if path.projector is not None:
+            if path.encoder_of is None:
+                out.append((f"{path.name}.encoder.", path.encoder))
+            if path.projector is not None and path.projector_of is None:
                 out.append((f"{path.name}.projector.", path.projector))
         return out + [(f"output.{slot}.", part) for slot, part in self.output.items()]
 
@@ -234,17 +239,18 @@ class Composite:
             encoder = path.encoder.component
             pixels = Port("pixels", "float32", _pixels(encoder))
             features = Port("features", "float32", ("rows", encoder.width))
-            out.append(
-                StageDefinition(
-                    f"encode_{path.name}",
-                    f"{path.name}.encoder.",
-                    _ports(encoder, pixels),
-                    "features",
-                    encoder.width,
-                    _encode(encoder),
+            if path.encoder_of is None:
+                out.append(
+                    StageDefinition(
+                        f"encode_{path.name}",
+                        f"{path.name}.encoder.",
+                        _ports(encoder, pixels),
+                        "features",
+                        encoder.width,
+                        _encode(encoder),
+                    )
                 )
-            )
-            if path.projector is None:
+            if path.projector is None or path.projector_of is not None:
                 continue
             projector, beside = path.projector.component, path.modality.target == "states"
             out.append(
@@ -280,8 +286,9 @@ class Composite:
         """The filled slots, in the order that data passes them."""
         out = []
         for path in self.pathways:
-            out.append(_described("encoder", path.name, path.encoder))
-            if path.projector is not None:
+            if path.encoder_of is None:
+                out.append(_described("encoder", path.name, path.encoder))
+            if path.projector is not None and path.projector_of is None:
                 out.append(_described("input_projector", path.name, path.projector))
         named = Part(self.backbone, self.renames.pairs[0][1] if self.renames.pairs else "")
         out.append(_described("backbone", None, named))

@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_mmllm.audio.settings import read_audio_settings
 from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm.image.published import read_image_settings
+from edge_mmllm.video.settings import read_video_settings
 from edge_mmllm_export.checkpoints.base import Checkpoint
 from edge_mmllm_export.checkpoints.files import read_json
 from edge_mmllm_export.checkpoints.view import CheckpointView, Renames
@@ -64,6 +66,12 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+_VIDEO_PROCESSORS = (
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 
 
 def side_file(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -179,6 +187,34 @@ def image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
             return read_image_settings(config, name).to_json()
     raise CheckpointError(
         "the checkpoint does not say how pictures are prepared",
+        where=str(checkpoint.source),
+        expected="preprocessor_config.json or processor_config.json",
+        fix="copy it from the checkpoint's original release",
+    )
+
+
+def video_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As `image_settings`, for videos. Raises: CheckpointError."""
+    for name in _VIDEO_PROCESSORS:
+        config = side_file(checkpoint, name)
+        if (not name.startswith("processor") or "video_processor" in config) and config:
+            return read_video_settings(config, name).to_json()
+    raise CheckpointError(
+        "the checkpoint does not say how videos are prepared",
+        where=str(checkpoint.source),
+        expected=" or ".join(_VIDEO_PROCESSORS),
+        fix="copy it from the checkpoint's original release",
+    )
+
+
+def audio_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As `image_settings`, for sounds. Raises: CheckpointError."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        config = side_file(checkpoint, name)
+        if (name.startswith("pre") or "feature_extractor" in config) and config:
+            return read_audio_settings(config, name).to_json()
+    raise CheckpointError(
+        "the checkpoint does not say how sounds are prepared",
         where=str(checkpoint.source),
         expected="preprocessor_config.json or processor_config.json",
         fix="copy it from the checkpoint's original release",

@@ -5,6 +5,8 @@ Source: LLaVA-1.5 (arXiv 2310.03744); `modeling_llava.py` of transformers 5.23.
 
 from __future__ import annotations
 
+from typing import Any
+
 from edge_mmllm.modality import Modality
 from edge_mmllm_export.checkpoints.base import Checkpoint
 from edge_mmllm_export.checkpoints.view import Renames
@@ -27,24 +29,31 @@ TOWERS = (
 PROJECTORS = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-def llava(checkpoint: Checkpoint, context: int | None) -> Composite:
-    """The model of a LLaVA config. Raises: CheckpointError."""
-    f = Fields(checkpoint.config, f"{checkpoint.source}, config.json")
-    language, renames = hub.backbone(checkpoint, context, BACKBONES)
+def tower_of(checkpoint: Checkpoint, f: Fields, select: str | None = None) -> Any:
+    """The encoder that the config wants; `select` goes before the config's. Raises:
+    CheckpointError."""
     layers = f.get("vision_feature_layer", -2)
-    select = f.one_of("vision_feature_select_strategy", ("default", "full"), "default")
-    tower = hub.vision_encoder(
-        checkpoint,
-        tuple(layers) if isinstance(layers, list) else (int(layers),),
-        select,
-        "clip_vision_model",
-    )
-    mlp = MlpConfig(
-        widths=(tower.width, language.hidden_size, language.hidden_size),
+    own = f.one_of("vision_feature_select_strategy", ("default", "full"), "default")
+    feature_layers = tuple(layers) if isinstance(layers, list) else (int(layers),)
+    return hub.vision_encoder(checkpoint, feature_layers, select or own, "clip_vision_model")
+
+
+def mlp_of(f: Fields, width: int, hidden_size: int) -> MlpConfig:
+    """The projector's sizes. Raises: CheckpointError."""
+    return MlpConfig(
+        widths=(width, hidden_size, hidden_size),
         names=("linear_1", "linear_2"),
         activation=ACTIVATIONS[f.one_of("projector_hidden_act", tuple(ACTIVATIONS), "gelu")],
         bias=f.flag("multimodal_projector_bias", True),
     )
+
+
+def llava(checkpoint: Checkpoint, context: int | None) -> Composite:
+    """The model of a LLaVA config. Raises: CheckpointError."""
+    f = Fields(checkpoint.config, f"{checkpoint.source}, config.json")
+    language, renames = hub.backbone(checkpoint, context, BACKBONES)
+    tower = tower_of(checkpoint, f)
+    mlp = Mlp(mlp_of(f, tower.width, language.hidden_size))
     token_id = f.size("image_token_id", f.get("image_token_index", 32000), least=0)
     image = Modality(
         stages=(),
@@ -57,7 +66,7 @@ def llava(checkpoint: Checkpoint, context: int | None) -> Composite:
     path = Pathway(
         name="image",
         encoder=Part(tower, hub.prefix(checkpoint, *TOWERS)),
-        projector=Part(Mlp(mlp), hub.prefix(checkpoint, *PROJECTORS)),
+        projector=Part(mlp, hub.prefix(checkpoint, *PROJECTORS)),
         modality=image,
     )
     return Composite(f.get("model_type"), language, renames, [path])

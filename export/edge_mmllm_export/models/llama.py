@@ -167,7 +167,7 @@ class Llama:
     def decode(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> T:
         c = self.config
         delta: T | None = None  # what the last block adds to the residual stream x
-        rope = Rope(c.inv_freq, c.context_length)
+        rope = self.turns(op)
         for i in range(c.layers):
             block = self._post_norm_layer if c.post_norm else self.layer
             x, delta = block(op, w, i, x, delta, rope)
@@ -176,8 +176,12 @@ class Llama:
         _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
         return op.linear(x, w["embed"] if c.tied else w["head"])[0]
 
+    def turns(self, op: Ops[T]) -> Rope | T:
+        """What turns q and k: rotary embedding by position, or angles `(seq, head_dim / 2)`."""
+        return Rope(self.config.inv_freq, self.config.context_length)
+
     def layer(
-        self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None, rope: Rope
+        self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None, rope: Rope | T
     ) -> tuple[T, T | None]:
         """One pre-norm layer: x `(seq, hidden)` and the last block's output, both carried."""
         p, eps = f"layers.{i}", self.config.norm_eps
@@ -187,7 +191,7 @@ class Llama:
         return x, self._mlp(op, w, i, h)
 
     def _post_norm_layer(
-        self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None, rope: Rope
+        self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None, rope: Rope | T
     ) -> tuple[T, T | None]:
         p, eps = f"layers.{i}", self.config.norm_eps
         h = self._attention(op, w, i, x, rope)
@@ -195,19 +199,21 @@ class Llama:
         h = self._mlp(op, w, i, x)
         return op.add(x, op.norm(h, w[f"{p}.norm_mlp"], eps=eps)), None
 
-    def _attention(self, op: Ops[T], w: Mapping[str, Weight], i: int, h: T, rope: Rope) -> T:
+    def _attention(self, op: Ops[T], w: Mapping[str, Weight], i: int, h: T, rope: Rope | T) -> T:
         c, p = self.config, f"layers.{i}.attn"
         bias = tuple(w[f"{p}.{n}_bias"] for n in "qkv") if c.qkv_bias else ()
         q, k, v = op.linear(h, w[f"{p}.q"], w[f"{p}.k"], w[f"{p}.v"], bias=bias)
         if c.qk_norm == "full":
             q = op.norm(q, w[f"{p}.q_norm"], eps=c.norm_eps)
             k = op.norm(k, w[f"{p}.k_norm"], eps=c.norm_eps)
+        if not isinstance(rope, Rope):
+            q, k = op.rotary(q, rope, c.heads), op.rotary(k, rope, c.kv_heads)
         spec = Attention(
             heads=c.heads,
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
             scale=c.head_dim**-0.5,
-            rope=rope,
+            rope=rope if isinstance(rope, Rope) else None,
             window=c.windows[i],
             q_norm=w[f"{p}.q_norm"] if c.qk_norm == "head" else None,
             k_norm=w[f"{p}.k_norm"] if c.qk_norm == "head" else None,

@@ -84,3 +84,19 @@ class Mlp:
             bias = (w[f"{i}.bias"],) if self.config.bias else ()
             (x,) = op.linear(x, w[f"{i}"], bias=bias)
         return x
+
+
+class MlpWithNewline(Mlp):
+    """LLaVA-NeXT's: behind the rows of each tile comes the row that ends a line of the picture."""
+
+    def parameters(self) -> list[Parameter]:
+        return [*super().parameters(), Parameter("newline", (self.hidden_size,), "vector")]
+
+    def sources(self, layout: Layout, prefix: str) -> dict[str, Source]:
+        """`image_newline` stands beside the projector."""
+        beside = prefix.removesuffix("multi_modal_projector.")
+        return super().sources(layout, prefix) | {"newline": Source(f"{beside}image_newline")}
+
+    def project(self, op: Ops[T], w: Mapping[str, Weight], x: T) -> T:
+        """`(tokens, width)` -> `(tokens + 1, hidden)`."""
+        return op.concat_rows(super().project(op, w, x), op.table(w["newline"]))

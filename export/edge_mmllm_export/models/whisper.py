@@ -24,9 +24,9 @@ from edge_mmllm_export.weights import Parameter, Source, Weight
 T = TypeVar("T")
 
 #: Width of both convolutions; the second takes every other row.
-_KERNEL, _STRIDE = 3, 2
+_KERNEL, STRIDE = 3, 2
 #: Rows that become one in Qwen2-Audio.
-_POOLED = 2
+POOLED = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Whisper:
         self.name = "qwen2_audio_encoder" if c.pooled else "whisper"
         self.tokens = 0 if c.pooled else c.positions
         self.width = c.block.hidden_size
-        self.frames = c.positions * _STRIDE
+        self.frames = c.positions * STRIDE
 
     @classmethod
     def from_config(cls, f: Fields) -> Whisper:
@@ -92,7 +92,7 @@ class Whisper:
 
     def tokens_of(self, frames: int) -> int:
         """Rows that a recording of so many frames becomes."""
-        return -(-frames // _STRIDE) // _POOLED if self.config.pooled else self.config.positions
+        return -(-frames // STRIDE) // POOLED if self.config.pooled else self.config.positions
 
     def parameters(self) -> list[Parameter]:
         c, h = self.config, self.config.block.hidden_size
@@ -137,15 +137,15 @@ class Whisper:
         x = op.input_rows(mel, c.mels, transposed=True)
         x = op.windows(x, _KERNEL, padding=1)
         x = op.activation(op.linear(x, w["conv1"], bias=(w["conv1_bias"],))[0], "gelu")
-        x = op.windows(x, _KERNEL, stride=_STRIDE, padding=1)
+        x = op.windows(x, _KERNEL, stride=STRIDE, padding=1)
         x = op.activation(op.linear(x, w["conv2"], bias=(w["conv2_bias"],))[0], "gelu")
         x = op.add(x, op.table(w["position"]))
         if frames is not None:
-            x = op.first_rows(x, frames, _STRIDE)
+            x = op.first_rows(x, frames, STRIDE)
         for i in range(c.layers):
             x = c.block.forward(op, w, f"layers.{i}.", x)
         if c.pooled:
-            x = op.average_rows(x, _POOLED)
+            x = op.average_rows(x, POOLED)
         return op.norm(x, w["norm"], eps=c.block.norm_eps, bias=w["norm_bias"])
 
 

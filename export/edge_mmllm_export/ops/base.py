@@ -158,6 +158,18 @@ class Ops(VisionOps[T], MemoryOps[T], Protocol[T]):
         """
         ...
 
+    def stream_angles(
+        self, state: StateSpec, inv_freq: NDArray[np.float32], streams: NDArray[np.int64]
+    ) -> T:
+        """Rotary angles `(seq, n)` of tokens with a position in each of three streams: frequency
+        `inv_freq[j]` turns by the position in stream `streams[j]`.
+
+        Where the tokens stand is given beside them, as `places` int64 `(3, seq)`, counted from
+        the state, int64 `(1,)`: the first position behind all tokens so far. Text has 0, 1, 2,
+        ... in each stream. Source: Qwen2-VL (arXiv 2409.12191) section 2.1, M-RoPE.
+        """
+        ...
+
     def causal_conv(
         self, x: T, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
     ) -> T:

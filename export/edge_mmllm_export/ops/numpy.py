@@ -40,6 +40,7 @@ class NumpyOps(NumpyVision, NumpyMemory):
         position: index of the first new token.
         rows: which of the new tokens get logits; None = all.
         cache: keep matrices in memory between forwards (tiny models stepped token by token).
+        places: see `stream_angles`; None for text.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class NumpyOps(NumpyVision, NumpyMemory):
         position: int = 0,
         logit_rows: NDArray[np.int64] | None = None,
         cache: dict[str, Array] | None = None,
+        places: NDArray[np.int64] | None = None,
     ) -> None:
+        self.places = places
         self.states, self.position, self.wanted, self.cache = states, position, logit_rows, cache
 
     def rows(self, table: Weight, index: Array) -> Array:
@@ -198,6 +201,15 @@ class NumpyOps(NumpyVision, NumpyMemory):
     def _head_norm(x: Array, weight: Weight, eps: float) -> Array:
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
         return np.asarray(x / np.sqrt(mean_square + np.float32(eps)) * weight.values, np.float32)
+
+    def stream_angles(
+        self, state: StateSpec, inv_freq: NDArray[np.float32], streams: NDArray[np.int64]
+    ) -> Array:
+        assert self.places is not None  # noqa: S101 - the oracle gives them
+        first = self.states[state.name]
+        at = self.places + first
+        self.states[state.name] = np.maximum(first, at.max() + 1)
+        return at[streams].T.astype(np.float32) * inv_freq
 
     def causal_conv(
         self, x: Array, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool

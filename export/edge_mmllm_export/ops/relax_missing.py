@@ -46,6 +46,11 @@ class MissingOps(Generic[T]):
     def sees(self, x: T, span: StateSpec) -> T:
         _missing("sees")
 
+    def stream_angles(
+        self, state: StateSpec, inv_freq: NDArray[np.float32], streams: NDArray[np.int64]
+    ) -> T:
+        _missing("stream_angles")
+
     def relative_bias(self, x: T, bias: RelativeBias) -> T:
         _missing("relative_bias")
 
