@@ -23,7 +23,8 @@ from edge_mmllm_export.checkpoints.base import Checkpoint, Float32
 from edge_mmllm_export.quantize.blocks import dequantize, quantize
 from edge_mmllm_export.quantize.schemes import F32, Scheme
 
-Role = Literal["matrix", "embedding", "head", "vector"]
+#: `table` is a small constant that no matrix product reads, worth halving (Mamba's A).
+Role = Literal["matrix", "embedding", "head", "vector", "table"]
 
 #: What checkpoint layouts call a language model's head.
 _HEADS = ("lm_head.weight", "output.weight", "head.weight")

@@ -84,7 +84,7 @@ class Mamba:
                 Parameter(f"{p}.x.C", (c.d_state, c.d_inner)),
                 Parameter(f"{p}.dt", (c.d_inner, c.dt_rank)),
                 Parameter(f"{p}.dt_bias", (c.d_inner,), "vector"),
-                Parameter(f"{p}.A", (c.d_inner, c.d_state), "vector"),
+                Parameter(f"{p}.A", (c.d_inner, c.d_state), "table"),
                 Parameter(f"{p}.D", (c.d_inner,), "vector"),
                 Parameter(f"{p}.out", (c.hidden_size, c.d_inner)),
             ]

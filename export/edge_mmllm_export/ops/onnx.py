@@ -141,10 +141,10 @@ class OnnxOps(OnnxVision, OnnxMemory):
         """The packed tensors as kernels for float32 activations take them."""
         codes, scale, *zero = self.weights.blocks(w, as_rows)
         if w[0].scheme.scale_bits == 16:
-            scale = self._widened(scale)
+            scale = self.widened(scale)
         return [codes, scale, *zero]
 
-    def _widened(self, name: str) -> str:
+    def widened(self, name: str) -> str:
         """A float16 weight as float32: folded once, when a graph is loaded."""
         wide = f"{name}.f32"
         if wide not in self.written:
@@ -172,7 +172,7 @@ class OnnxOps(OnnxVision, OnnxMemory):
     def _matmul(self, x: Value, w: Weight, bias: Sequence[Weight | None]) -> str:
         g, name = self.graph, self.weights.floats(w)
         if w.scheme.bits == 16:
-            name = self._widened(name)
+            name = self.widened(name)
         y = g.microsoft("FusedMatMul", [self._use(x), name], transB=1)[0]
         own = bias[0] if bias else None
         return y if own is None else g.node("Add", [y, self.weights.vector(own)])[0]

@@ -224,11 +224,11 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return offset
 
-    def fixed(self, name: str, values: NDArray[np.float32]) -> str:
-        """A float32 constant in the data file, written once."""
+    def fixed(self, name: str, values: NDArray[Any]) -> str:
+        """A float constant in the data file, written once."""
         if not self.has(name):
             known = self.data.constants.get(name)
-            offset = self.external(name, "float32", values.shape, known)
+            offset = self.external(name, values.dtype.name, values.shape, known)
             if known is None:
                 self.data.write(offset, values)
                 self.data.constants[name] = offset

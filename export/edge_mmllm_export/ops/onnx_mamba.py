@@ -134,6 +134,8 @@ def selective_scan(
     g = op.graph
     _, n, d = state.shape
     rates = op.weights.fixed(decay, ".transposed", np.ascontiguousarray(decay.values.T))
+    if decay.scheme.bits == 16:
+        rates = op.widened(rates)
     token = _Token(f"state.{state.name}", dt, g.node("Mul", [dt, x])[0], b, c, rates)
     with g.body("one") as one:
         after, y = _update(g, token)

@@ -183,9 +183,10 @@ class WeightStore:
         return name
 
     def fixed(self, w: Weight, suffix: str, values: NDArray[np.float32]) -> str:
-        """A constant made of a small weight, which is counted as packed."""
+        """A constant made of a small weight, in the weight's type, which is counted as packed."""
         if not self.graph.has(w.name + suffix):
-            self.graph.fixed(w.name + suffix, values)
+            half = w.scheme.bits == 16
+            self.graph.fixed(w.name + suffix, _within(w, values).astype("f2" if half else "f4"))
             self._progress(w.size)
         return w.name + suffix
 

@@ -105,9 +105,11 @@ class QuantPlan:
         return Scheme(bits, self.block_size, self.zero if bits == 4 else "none")
 
     def of(self, p: Parameter) -> Scheme:
-        """The scheme of one parameter. Vectors are always float32."""
+        """The scheme of one parameter. Vectors are always float32, tables float16 at the least."""
         if p.role == "vector":
             return F32
+        if p.role == "table":
+            return F32 if self.name == "f32" else F16
         for pattern, scheme in reversed(self.overrides):
             if fnmatch.fnmatchcase(p.name, pattern):
                 if p.role == "embedding" and scheme.quantized and scheme.zero == "float":
@@ -151,7 +153,8 @@ def component(name: str) -> str | None:
 
 
 def _fit(scheme: Scheme, p: Parameter) -> Scheme:
-    """Embeddings (read by row) need blocks that divide the row; others may end in a short block."""
+    """Embeddings (read by row) need blocks that divide the row; others may end in a short block,
+    but none is twice as long as the row."""
     if not scheme.quantized:
         return scheme
     size = scheme.block_size
@@ -160,6 +163,8 @@ def _fit(scheme: Scheme, p: Parameter) -> Scheme:
             size //= 2
         if p.shape[1] % size:
             return F16
+    while size // 2 >= max(p.shape[1], 16):
+        size //= 2
     return replace(scheme, block_size=size)
 
 

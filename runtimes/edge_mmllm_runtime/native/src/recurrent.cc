@@ -102,13 +102,20 @@ struct SelectiveScan : MixOp {
   static constexpr int kMaxState = 256, kChannels = 8 * kLanes;
   View out, x, dt, b, c_;
   int n;
-  const float *decay, *skip;  // (d_state, d_inner) and (d_inner,)
+  std::vector<float> decay;  // (d_state, d_inner)
+  const float* skip;         // (d_inner,)
   int state;
   explicit SelectiveScan(Reader& r)
       : out(r.view(0)), x(r.view(0, out.width)), dt(r.view(0, out.width)), b(r.view(0)), c_(r.view(0, b.width)) {
     n = b.width;
     r.require(n <= kMaxState, "a state of more than 256 channels");
-    decay = r.floats(int64_t(out.width) * n);
+    const Tensor* rates = r.tensor();
+    r.require((rates->type == 1 || rates->type == 10) && rates->size() == int64_t(out.width) * n,
+              "decays of another type or size");
+    for (int64_t i = 0; i < rates->size(); i++) {
+      decay.push_back(rates->type == 1 ? static_cast<const float*>(rates->data)[i]
+                                       : half_to_float(static_cast<const uint16_t*>(rates->data)[i]));
+    }
     skip = r.floats(out.width);
     state = r.state({1, n, out.width});
   }
@@ -120,7 +127,7 @@ struct SelectiveScan : MixOp {
     float* kept = c.states[state];
     for (int i = 0; i < size; i++) {
       s[i] = load_some(kept + size_t(i) * width + at, count);
-      rate[i] = load_some(decay + size_t(i) * width + at, count);
+      rate[i] = load_some(decay.data() + size_t(i) * width + at, count);
     }
     const VecF d = load_some(skip + at, count);
     for (int t = 0; t < c.rows[0]; t++) {
