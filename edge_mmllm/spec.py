@@ -182,6 +182,7 @@ class ModelSpec:
         components: the filled slots of a multimodal model; empty for a text model.
         modalities: `image`, `video`, `audio` -> how it reaches the backbone.
         decoder_start_id: of an encoder-decoder: the id that an answer begins from.
+        extra_ids: ids after the vocabulary that are understood and never predicted.
     """
 
     architecture: str
@@ -197,6 +198,7 @@ class ModelSpec:
     components: tuple[Component, ...] = ()
     modalities: dict[str, Modality] = field(default_factory=dict)
     decoder_start_id: int | None = None
+    extra_ids: int = 0
 
     def state_bytes(self, tokens: int, memory: int = 0) -> int:
         """Bytes of all states at `tokens` tokens and `memory` rows of cross_kv."""
@@ -225,6 +227,7 @@ class ModelSpec:
             raise fields.fail("states", "states with different names")
         stages = fields.child("stages")
         vocab_size = fields.integer("vocab_size", least=1)
+        extra = fields.maybe_integer("extra_ids") or 0
         parts = fields.children("components") if "components" in fields.value else []
         spec = cls(
             architecture=fields.text("architecture"),
@@ -238,8 +241,9 @@ class ModelSpec:
             text=TextSpec.from_json(fields.child("text")),
             details=fields.mapping("details", required=False),
             components=tuple(Component.from_json(f) for f in parts),
-            modalities=_modalities(fields, vocab_size),
+            modalities=_modalities(fields, vocab_size + extra),
             decoder_start_id=_start_id(fields, vocab_size, stages.value),
+            extra_ids=extra,
         )
         _check_fills(fields, spec)
         bos = spec.text.bos_id

@@ -265,6 +265,7 @@ def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
         decoder_start_id=getattr(
             getattr(job.model, "backbone", job.model), "decoder_start_id", None
         ),
+        extra_ids=getattr(getattr(job.model, "backbone", job.model), "extra_ids", 0),
     )
 
 

@@ -435,7 +435,7 @@ class Context:
         Raises:
             UsageError: empty, not integers, or outside the vocabulary.
         """
-        return checked_ids(ids, self.spec.vocab_size)
+        return checked_ids(ids, self.spec.vocab_size + self.spec.extra_ids)
 
     def _check_room(self, count: int) -> None:
         if self.spec.decoder_start_id is not None and not self.engine.memory_rows:

@@ -73,7 +73,9 @@ class Beside(Plain):
     Key `sees`: `latest`: a token sees the last picture before it (Idefics). `run`: the same, but
     pictures in a row are seen together (Llama-3.2-Vision). Key `fence`: a text before and after
     each placeholder, once between two in a row. Key `until`: an id that ends sight of all pictures
-    before it.
+    before it. Key `tiles`: rows are of so many tiles, those in use first; the others are for tokens
+    that see no picture at all (Llama-3.2-Vision). Key `bos`: a text that comes first in a prompt,
+    but for placeholders.
     """
 
     def __init__(self, modality: Modality, fields: Fields) -> None:
@@ -81,13 +83,27 @@ class Beside(Plain):
         self._sees = fields.one_of("sees", ("latest", "run"))
         self._fence = fields.maybe_text("fence") or ""
         self._until = fields.maybe_integer("until")
+        self._tiles = fields.maybe_integer("tiles", least=1)
+        self._bos = fields.maybe_text("bos")
 
     def text(self, item: Prepared) -> str:
         return self._fence + self._placeholder + self._fence
 
+    def count(self, item: Prepared) -> int:
+        return self._tokens * self._tiles if self._tiles else super().count(item)
+
+    def used(self, item: Prepared) -> int | None:
+        """Rows of the tiles in use, where there are others."""
+        return self._tokens * int(item.runs[0]["tiles"][0]) if self._tiles else None
+
     def tidy(self, text: str) -> str:
         """The text of a whole prompt, with one fence between two pictures, and where it had its
-        own."""
+        own; with BOS behind the placeholders that it begins with."""
+        if self._bos and self._bos not in text:
+            rest = text
+            while rest.startswith(self._placeholder):
+                rest = rest.removeprefix(self._placeholder)
+            text = text[: len(text) - len(rest)] + self._bos + rest
         fences = f"(?:{re.escape(self._fence)})+"
         return re.sub(fences, lambda _: self._fence, text) if self._fence else text
 

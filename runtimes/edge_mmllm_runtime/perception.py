@@ -63,6 +63,7 @@ class Item:
         places: positions it takes in the prompt: one for each row, or, where its rows stand
             beside the tokens, the placeholder's own.
         rows: float32 `(rows, width)`; computes them on the first call.
+        used: how many of them are seen by those who see it; None: all.
         steps: where its rows stand, see `Layout.places`.
     """
 
@@ -71,6 +72,7 @@ class Item:
     text: str
     places: int
     rows: Callable[[], Float32]
+    used: int | None = None
     steps: Int64 | None = None
 
 
@@ -111,6 +113,7 @@ class Perception:
         self._senses: dict[str, _Sense] = {}
         self._features: OrderedDict[bytes, Float32] = OrderedDict()
         self._known: dict[bytes, tuple[str, int, Int64 | None]] = {}
+        self._used: dict[bytes, int | None] = {}
         self.timings, self.limit_bytes = Timings(), DEFAULT_LIMIT_BYTES
         self.keep_stages = True
 
@@ -156,6 +159,8 @@ class Perception:
                 layout.count(prepared),
                 layout.places(prepared),
             )
+            if hasattr(sense.layout, "used"):
+                self._used[own] = sense.layout.used(prepared)
         self.timings.items += 1
         self.timings.preprocess_ms += _ms(started)
         mark, count, steps = self._known[own]
@@ -177,7 +182,8 @@ class Perception:
                 self.timings.preprocess_ms += _ms(begun)
             return self._keep(key, self._encode(own, sense, made, count, text_ids))
 
-        return Item(modality, key, mark, 1 if sense.beside else count, rows, steps)
+        places = 1 if sense.beside else count
+        return Item(modality, key, mark, places, rows, used=self._used.get(own), steps=steps)
 
     def tidy(self, modality: str, text: str) -> str:
         """A prompt in which placeholders have become their text, as its layout wants the whole."""

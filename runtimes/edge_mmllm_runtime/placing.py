@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from edge_mmllm.modality import MODALITIES
 from edge_mmllm_runtime.prompted import Look, Prompted, Span, identities
 
 if TYPE_CHECKING:
-    from edge_mmllm_runtime.engine import Int64
+    from edge_mmllm_runtime.engine import Float32, Int64
     from edge_mmllm_runtime.perception import Item
     from edge_mmllm_runtime.session import Session
 
@@ -57,6 +58,8 @@ def place_text(
         for name in items:
             text = session.perception.tidy(name, text)
     whole = session.spec.decoder_start_id is not None
+    if add_bos is None and _has_bos(session, text):
+        add_bos = False
     ids = session.check_ids(session.text.encode(text, add_bos=add_bos, whole=whole))
     lead = [spec[i.modality].token_id for i in front for _ in range(i.places)]
     return _filled(session, np.concatenate([np.array(lead, np.int64), ids]), items)
@@ -132,6 +135,15 @@ def placeholders(session: Session, media: Media) -> str:
     return "".join(marks) + ("\n" if any(marks) else "")
 
 
+def _has_bos(session: Session, text: str) -> bool:
+    """Whether a text has BOS behind placeholders that it begins with."""
+    spec, rest = session.spec, text
+    marks = tuple(m.placeholder for m in spec.modalities.values())
+    while mark := next((m for m in marks if rest.startswith(m)), ""):
+        rest = rest.removeprefix(mark).lstrip()
+    return rest != text and bool(spec.text.bos_token) and rest.startswith(spec.text.bos_token or "")
+
+
 def _items(session: Session, media: Media, prompt: str | Int64) -> dict[str, list[Item]]:
     """Each given source, identified and prepared; with the prompt's text, where stages read it."""
     perception, text = session.perception, ""
@@ -177,7 +189,9 @@ def _filled(session: Session, ids: Int64, items: Mapping[str, Sequence[Item]]) -
         if modality.target == "states":
             seen = session.perception.seen_by(name, at.tolist(), known.tolist())
             stage = f"remember_{name}"
-            looks += [Look(stage, *s, i.rows) for s, i in zip(seen, own, strict=True)]
+            blind = any(start > 0 for start, _ in seen[:1])
+            for span, item in zip(seen, own, strict=True):
+                looks += _looks(stage, span, item, blind)
     if not (spans or looks):
         return Prompted(known)
     found = [(at, item.steps) for at, item in standing if item.steps is not None and len(at)]
@@ -207,6 +221,20 @@ def _stepped(count: int, items: Sequence[tuple[Int64, Int64]]) -> Int64 | None:
         reached, begin = int(out[:, at].max()) + 1, start + len(at)
     out[:, begin:] = np.arange(reached, reached + count - begin)
     return out
+
+
+def _looks(stage: str, span: tuple[int, int], item: Item, blind: bool) -> Iterator[Look]:
+    """An item's rows beside the tokens; those that no token sees go in where tokens are blind."""
+    if item.used is None:
+        yield Look(stage, *span, item.rows)
+        return
+    yield Look(stage, *span, partial(_part, item, 0, item.used))
+    if blind and item.used < len(item.rows()):
+        yield Look(stage, -1, -1, partial(_part, item, item.used, None))
+
+
+def _part(item: Item, start: int, stop: int | None) -> Float32:
+    return item.rows()[start:stop]
 
 
 def _runs(places: Int64, item: Item) -> Iterator[Span]:

@@ -91,7 +91,9 @@ class Sampler:
         self._penalty = min(max(float(settings.repetition_penalty), _TINY), _HUGE)
         self._temperature = np.float32(min(max(float(settings.temperature), _TINY), _HUGE))
         # Embeddings and pictures have no id: below 0.
-        self._seen: set[int] = {i for i in seen if i >= 0} if self._penalty != 1 else set()
+        self._seen: set[int] = (
+            {i for i in seen if 0 <= i < vocab_size} if self._penalty != 1 else set()
+        )
         self._vocab_size = vocab_size
         self._random = np.random.default_rng(settings.seed) if settings.temperature else None
 

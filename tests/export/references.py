@@ -100,6 +100,7 @@ def export(loaded: Loaded, folder: Path, inputs: Inputs = "ids") -> Exported:
         stages=stages,
         text=TextSpec("none"),
         decoder_start_id=getattr(getattr(model, "backbone", model), "decoder_start_id", None),
+        extra_ids=getattr(getattr(model, "backbone", model), "extra_ids", 0),
     )
     return Exported(spec, folder)
 

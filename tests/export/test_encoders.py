@@ -205,7 +205,10 @@ def test_oracle_against_transformers(name, tmp_path):
     y = loaded.oracle(case.inputs)
     if loaded.encoder.tokens:
         assert y.shape == (loaded.encoder.tokens, loaded.encoder.width)
-    np.testing.assert_allclose(y, case.expected, rtol=0, atol=1e-4)
+    expected = case.expected
+    if case.name == "mllama":  # the reference's unused tiles are not stored
+        y = y[: len(expected)]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -90,6 +90,7 @@ class Family:
         grow: inputs with a row for each token, whose last row goes on.
         answer: ids that the decoder of an encoder-decoder reads.
         seed: another one gives other weights.
+        alone: also a text without a picture: `plain_ids`, `plain_logits`.
         quiet: a parameter to make smaller, so that a tied model does not repeat its last token.
     """
 
@@ -105,6 +106,7 @@ class Family:
     grow: tuple[str, ...] = ()
     answer: tuple[int, ...] = ()
     quiet: str = "none"
+    alone: bool = False
     seed: int = 0
 
 
@@ -124,9 +126,11 @@ def tokenizer(
     return made
 
 
-def fast(around: str, last: tuple[str, ...] = ("<image>",), **settings: Any) -> Any:
+def fast(
+    around: str, last: tuple[str, ...] = ("<image>",), words: int = VOCAB, **settings: Any
+) -> Any:
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer(VOCAB, around, last=last),
+        tokenizer_object=tokenizer(words, around, last=last),
         **{"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
         **settings,
     )
@@ -222,6 +226,34 @@ def interleaved(prompt: str, images: list[Any]) -> list[Any]:
     return parts
 
 
+MLLAMA = {
+    "text_config": TRANSFORMER
+    | {
+        "num_hidden_layers": 3,
+        "intermediate_size": 40,
+        "cross_attention_layers": [1],
+        "pad_token_id": PAD,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 42,  # one tile of the first picture, two of the second
+        "patch_size": 21,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+    },
+    "image_token_index": VOCAB,
+}
+
+
+def mllama() -> Any:
+    return transformers.MllamaForConditionalGeneration(transformers.MllamaConfig(**MLLAMA))
+
+
 QUESTION = "w10 w4 w50 w33 w8 w71 w5 w20 w62"
 FAMILIES = {
     "blip2-opt": Family(
@@ -247,6 +279,20 @@ FAMILIES = {
         instructed("$A </s>"),
         QUESTION,
         answer=(PAD, 9, 30, 41, 12, 77),
+    ),
+    "mllama": Family(
+        mllama,
+        lambda: transformers.MllamaProcessor(
+            transformers.MllamaImageProcessorPil(size={"height": 42, "width": 42}),
+            fast("<s> $A", last=("<|image|>",), words=VOCAB + 1),
+        ),
+        "w10 w4 <|image|> w50 w33 w8 <|image|> w71 w5",
+        (0, 1),
+        ask=lambda processor, prompt, images: processor(
+            images=[images], text=[prompt], return_tensors="pt", add_special_tokens=False
+        ),
+        grow=("cross_attention_mask",),
+        alone=True,
     ),
     "idefics": idefics(
         use_resampler=True, qk_layer_norms=True, alpha_type="vector", cross_layer_interval=2
@@ -290,8 +336,15 @@ def make(name: str, out: Path) -> None:
             given[grown] = torch.cat([given[grown], best[None, None]], 1)
             for key in family.grow:
                 given[key] = torch.cat([given[key], given[key][:, -1:]], 1)
+    alone = {}
+    if family.alone:
+        plain = torch.arange(4, 16)[None]
+        with torch.no_grad():
+            alone["plain_logits"] = model(plain, use_cache=False).logits[0].numpy()
+        alone["plain_ids"] = plain[0].numpy()
     np.savez_compressed(
         folder / "golden.npz",
+        **alone,
         prompt=np.array(family.prompt),
         pictures=np.array(family.pictures),
         input_ids=ids,

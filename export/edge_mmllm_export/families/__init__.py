@@ -26,6 +26,7 @@ FAMILIES = {
     "blip-2": "blip2:blip2",
     "instructblip": "instructblip:instructblip",
     "idefics": "idefics:idefics",
+    "mllama": "mllama:mllama",
 }
 
 

@@ -142,10 +142,16 @@ def backbone(
             expected=" | ".join(ARCHITECTURES),
             found=str(kind),
         )
+    fitting = renames(checkpoint, layouts)
+    return build(CheckpointView(checkpoint, config, fitting), context), fitting
+
+
+def renames(checkpoint: Checkpoint, layouts: Sequence[Renames]) -> Renames:
+    """How the checkpoint writes the language model's names: the first that fits, else the first
+    of all."""
     names = checkpoint.tensors
     fitting = [r for r in layouts if any(n.startswith(r.pairs[0][1]) for n in names)]
-    renames = (fitting or list(layouts))[0]
-    return build(CheckpointView(checkpoint, config, renames), context), renames
+    return (fitting or list(layouts))[0]
 
 
 def vision_encoder(

@@ -3,8 +3,8 @@
 Rows lie tile after tile, the class token first in each; the rows that fill each tile up to a
 multiple of 8 come after all tiles. The reference hides padding from padding alone: rows of a tile
 in use see everything, rows of an unused tile and the filling see the tiles in use. So attention is
-two calls without a mask, which also keeps no scores. Only the tiles in use are handed on, since
-the language model looks at no others.
+two calls without a mask, which also keeps no scores. All tiles are handed on, those in use first:
+a token that sees no picture attends to the others, too (see `mllama.py`).
 
 Source: Llama 3 (arXiv 2407.21783), section 7; `MllamaVisionModel` of transformers 5.23.
 """
@@ -188,7 +188,8 @@ class MllamaVision:
         return ()
 
     def encode(self, op: Ops[T], w: Mapping[str, Weight], pixels: T, ratio: T, tiles: T) -> T:
-        """Tiles `(max, channels, height, width)`, id and count -> `(count * tokens, width)`."""
+        """Tiles `(max, channels, height, width)`, id and count -> `(max * tokens, width)`, the tiles
+        in use first."""
         c, n, h = self.config, self.tokens_per_tile, self.config.hidden_size
         shape = (c.tiles, c.channels, c.image_size, c.image_size)
         x = op.linear(op.patches(pixels, shape, c.patch_size), w["patch"])[0]
@@ -213,11 +214,11 @@ class MllamaVision:
         x = op.add(x, added)
         for i in range(c.global_layers):
             x = self._layer(op, w, f"global.{i}.", x, tiles, gated=True)
-        x = op.split_rows(x, tiles, n)[0]
+        x = op.take_rows(x, 0, c.tiles * n)
         if not c.features:
             return x
         # Each channel's values of all features side by side.
-        features = op.concat(*(op.split_rows(states[i], tiles, n)[0] for i in c.features))
+        features = op.concat(*(op.take_rows(states[i], 0, c.tiles * n) for i in c.features))
         count = len(c.features)
         return op.concat(x, op.windows(op.unfold_rows(features, count), count, stride=count))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.weights import Weight
 
 T = TypeVar("T")
+#: What a token attends to that sees nothing.
+Blind = Literal["nothing", "all"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,12 @@ class MemoryOps(Protocol[T]):
         heads: int,
         scale: float,
         span: StateSpec | None = None,
+        blind: Blind = "nothing",
     ) -> T:
         """Every row of q `(seq, heads * d)` attends to the rows of a memory that it sees (all,
         without `span`). The memory's heads may be fewer than q's: each serves as many of those in
-        a row. Of nothing to see: zeros."""
+        a row. Of nothing to see: zeros; a row of q that sees none of those there are attends to
+        all of them where `blind` says so."""
         ...
 
     def sees(self, x: T, span: StateSpec) -> T:

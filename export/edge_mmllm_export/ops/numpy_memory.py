@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops.memory import RelativeBias
+from edge_mmllm_export.ops.memory import Blind, RelativeBias
 
 Array = NDArray[Any]
 
@@ -34,9 +34,12 @@ class NumpyMemory:
         heads: int,
         scale: float,
         span: StateSpec | None = None,
+        blind: Blind = "nothing",
     ) -> Array:
         k, v = self.states[k_state.name][0], self.states[v_state.name][0]
         seen = np.ones((len(q), k.shape[1]), bool) if span is None else self._seen(q, span)
+        if blind == "all":
+            seen[~seen.any(axis=1)] = True
         y = np.zeros(q.shape, np.float32)
         some = seen.any(axis=1)
         d, share = q.shape[1] // heads, heads // len(k)

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops.memory import RelativeBias
+from edge_mmllm_export.ops.memory import Blind, RelativeBias
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder
 from edge_mmllm_export.ops.onnx_values import Value
 from edge_mmllm_export.ops.onnx_weights import WeightStore
@@ -60,6 +60,7 @@ class OnnxMemory:
         heads: int,
         scale: float,
         span: StateSpec | None = None,
+        blind: Blind = "nothing",
     ) -> Value:
         """Where a head of the memory serves several of q's, those become further rows of it, so
         that the memory is not copied."""
@@ -71,13 +72,13 @@ class OnnxMemory:
             name = g.node("Reshape", [apart, g.ints(0, -1, kv_heads * d)])[0]
         inputs = [name, f"state.{k_state.name}", f"state.{v_state.name}"]
         if span is not None:
-            inputs += ["", "", _hidden(self, span, share)]
+            inputs += ["", "", _hidden(self, span, share, blind)]
         y = g.microsoft("MultiHeadAttention", inputs, num_heads=kv_heads, scale=float(scale))[0]
         if share > 1:
             apart = g.node("Reshape", [y, g.ints(0, -1, share, kv_heads, d)])[0]
             apart = g.node("Transpose", [apart], perm=[0, 1, 3, 2, 4])[0]
             y = g.node("Reshape", [apart, g.ints(0, 0, q.width)])[0]
-        if span is not None:
+        if span is not None and blind == "nothing":
             y = g.node("Mul", [y, _sight(self, span)])[0]
         return Value(y, q.width)
 
@@ -110,14 +111,19 @@ def distance_bias(op: _Builder, bias: RelativeBias, queries: str, keys: str) -> 
     return g.node("Unsqueeze", [rows, g.ints(0)])[0]
 
 
-def _hidden(op: _Builder, span: StateSpec, share: int) -> str:
+def _hidden(op: _Builder, span: StateSpec, share: int, blind: Blind) -> str:
     """`(1, 1, seq * share, rows)`: a large negative number where a token does not see a row; each
-    token counts `share` times in a row."""
-    key = f"hidden.{span.name}.{share}"
+    token counts `share` times in a row. A token that sees none does not see any, or sees all."""
+    key = f"hidden.{span.name}.{share}.{blind}"
     if key not in op._shared:
         g, scope, op.graph.scope = op.graph, op.graph.scope, ""
         zero, none = (g.constant("bias", np.asarray(x, np.float32)) for x in (0, _NOTHING))
-        bias = g.node("Where", [_seen(op, span, share), zero, none])[0]
+        seen = _seen(op, span, share)
+        if blind == "all":
+            number = g.node("Cast", [seen], to=1)[0]
+            count = g.node("ReduceSum", [number, g.ints(1)], keepdims=1)[0]
+            seen = g.node("Or", [seen, g.node("Equal", [count, zero])[0]])[0]
+        bias = g.node("Where", [seen, zero, none])[0]
         op._shared[key] = g.node("Unsqueeze", [bias, g.ints(0, 1)])[0]
         op.graph.scope = scope
     return op._shared[key]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.ops.base import Wkv7, Wkv7Weights
-from edge_mmllm_export.ops.memory import RelativeBias
+from edge_mmllm_export.ops.memory import Blind, RelativeBias
 from edge_mmllm_export.weights import Weight
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class MissingOps(Generic[T]):
         heads: int,
         scale: float,
         span: StateSpec | None = None,
+        blind: Blind = "nothing",
     ) -> T:
         _missing("cross_attention")
 
