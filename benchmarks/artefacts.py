@@ -6,15 +6,21 @@ the cache folder, named by what made them, so that a second run starts at once.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import harness
+import random_models
 from smollm2 import smollm2_gguf, smollm2_hub
+
+from edge_mmllm.errors import KernelError
+from edge_mmllm_runtime import native
 
 #: llama.cpp's number for "mostly Q4_0". Source: `enum llama_ftype` in llama.h.
 FTYPE_Q4_0 = 2
@@ -38,21 +44,41 @@ class Model:
         hub: makes or finds its hub-layout folder in a cache folder.
         gguf: the same for a GGUF file that llama.cpp can requantize; None: llama.cpp lacks it.
         engines: who runs it.
-        tied: the head is the embedding, so every weight is read for a token.
+        gguf_kept: False: the GGUF file is deleted once it is quantized.
     """
 
     hub: Callable[[Path], Path]
     gguf: Callable[[Path], Path] | None
     engines: tuple[str, ...]
-    tied: bool
+    gguf_kept: bool = True
 
 
+def _random_gguf(name: str, cache: Path) -> Path:
+    from random_gguf import float16
+
+    return float16(name, cache)
+
+
+def _random(name: str) -> Model:
+    """A model of `random_models`, and whether llama.cpp runs it."""
+    peer = not name.startswith("rwkv4")
+    return Model(
+        partial(random_models.checkpoint, name),
+        partial(_random_gguf, name) if peer else None,
+        (*OURS, "llama.cpp") if peer else OURS,
+        gguf_kept=False,
+    )
+
+
+#: With the native kernels, and with onnxruntime's.
+OURS = ("ours native", "ours stock")
 #: genai twice: told to use the same threads, and as it comes.
-PEERS = ("ours", "genai", "genai, default threads", "llama.cpp")
+PEERS = (*OURS, "genai", "genai, default threads", "llama.cpp")
 MODELS = {
-    "smollm2": Model(smollm2_hub, smollm2_gguf, PEERS, tied=True),
+    "smollm2": Model(smollm2_hub, smollm2_gguf, PEERS),
     # Too small to time; for quality.
-    "mamba2": Model(lambda _: harness.ROOT / "examples/models/tiny-mamba2", None, ("ours",), True),
+    "mamba2": Model(lambda _: harness.ROOT / "examples/models/tiny-mamba2", None, OURS),
+    **{name: _random(name) for name in random_models.MODELS},
 }
 #: Those whose speed is worth a table.
 TIMED = ("smollm2",)
@@ -71,14 +97,26 @@ def builder_command(python: Path, source: Path, out: Path, scratch: Path) -> lis
 
 
 def ours(model: str, cache: Path, *options: str, refresh: bool = False) -> Path:
-    """A bundle of ours, exported with `options` and the gate off unless they say otherwise."""
+    """A bundle of ours, exported with `options` and the gate off unless they say otherwise;
+    anew where the exporter has changed."""
     gate = () if "--gate" in options else ("--gate", "off")
     name = "-".join(["ours", model, *(o.lstrip("-").replace("=", "-") for o in options)])
-    path = cache / "benchmarks" / name
-    if refresh or not (path / "manifest.json").is_file():
+    path, made = cache / "benchmarks" / name, cache / "benchmarks" / f"{name}.made"
+    exporter = exporter_sha256()
+    current = made.is_file() and made.read_text() == exporter
+    if refresh or not current or not (path / "manifest.json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         run(export_command(MODELS[model].hub(cache), path, *options, *gate))
+        made.write_text(exporter)
     return path
+
+
+def exporter_sha256() -> str:
+    """Identity of what decides a bundle's bytes: the exporter's sources."""
+    digest = hashlib.sha256()
+    for path in sorted((harness.ROOT / "export").rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def genai(model: str, cache: Path, python: Path) -> Path:
@@ -99,22 +137,65 @@ def llama_cpp(model: str, cache: Path, python: Path) -> Path:
         raise ValueError(f"llama.cpp does not run {model}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        run([str(python), "-c", _QUANTIZE, str(make(cache)), str(part), str(FTYPE_Q4_0)])
+        part, source = path.with_suffix(".part"), make(cache)
+        run([str(python), "-c", _QUANTIZE, str(source), str(part), str(FTYPE_Q4_0)])
         part.replace(path)
+        if not MODELS[model].gguf_kept:
+            source.unlink()
     return path
 
 
 def artefact(engine: str, model: str, cache: Path, python: Path, *, refresh: bool = False) -> Path:
     """What `engine` loads."""
-    if engine == "ours":
+    if engine in OURS:
         return ours(model, cache, "--quant", "int4", refresh=refresh)
     return {"genai": genai, "llama.cpp": llama_cpp}[engine.split(",")[0]](model, cache, python)
 
 
+def step_bytes(engine: str, path: Path) -> int:
+    """Bytes of weights that a decode step reads: all but an embedding that is no head, of which
+    it reads one row, and tables of rotary embeddings."""
+    if engine in OURS:
+        import onnx
+
+        graph = "decoder_native.onnx" if engine == "ours native" else "decoder.onnx"
+        regions, tables = dict[str, int](), dict[str, int]()
+        head = False
+        for tensor in onnx.load(path / graph, load_external_data=False).graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            stem = tensor.name.split(".")[0]
+            if place and stem != "rope":
+                (tables if stem == "embed" else regions)[place["offset"]] = int(place["length"])
+                head = head or stem == "head"
+        return sum((regions if head else regions | tables).values())
+    if engine == "llama.cpp":
+        from gguf import GGUFReader
+
+        sizes = {t.name: int(t.n_bytes) for t in GGUFReader(path).tensors}
+        if "output.weight" in sizes:
+            del sizes["token_embd.weight"]
+        return sum(sizes.values())
+    return (path / "model.onnx.data").stat().st_size  # tied
+
+
+def kernels() -> str | None:
+    """Builds the native kernels where they are not built yet; why not, or None where they are."""
+    try:
+        if native.library() is None:
+            native.build()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def kernels_key() -> str | None:
+    """Which native kernels are built: a hash of sources, flags and CPU."""
+    return native.library_place().parent.name if native.library() else None
+
+
 def interpreter(engine: str, python: Path) -> str:
     """The interpreter that has the engine."""
-    return sys.executable if engine == "ours" else str(python)
+    return sys.executable if engine in OURS else str(python)
 
 
 def run(command: Sequence[str]) -> None:

@@ -41,12 +41,13 @@ class Engine(Protocol):
 
 
 class Ours:
-    """edge-mmllm's session, as a user has it."""
+    """edge-mmllm's session, as a user has it, with its `native` kernels or onnxruntime's."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, kernels: str) -> None:
         import edge_mmllm
 
-        self.session = edge_mmllm.load(path, threads=threads, context=context)
+        self.kernels = kernels
+        self.session = edge_mmllm.load(path, threads=threads, context=context, kernels=kernels)
 
     def prefill(self, ids: Ids) -> None:
         self.session.reset()
@@ -125,7 +126,8 @@ class LlamaCpp:
 
 
 ENGINES: dict[str, Callable[[str, int, int], Engine]] = {
-    "ours": Ours,
+    "ours native": lambda path, threads, context: Ours(path, threads, context, "native"),
+    "ours stock": lambda path, threads, context: Ours(path, threads, context, "stock"),
     "genai": Genai,
     "genai, default threads": lambda path, _, context: Genai(path, None, context),
     "llama.cpp": LlamaCpp,
@@ -149,7 +151,10 @@ def timed(call: Callable[[], object]) -> tuple[float, int]:
 
 
 def profiled(engine: Ours, command: dict[str, int]) -> dict[str, dict[str, tuple[int, float]]]:
-    """Node type -> (nodes, microseconds) of a prefill and of a step: medians for each node."""
+    """Node type -> (nodes, microseconds) of a prefill and of a step: medians for each node; by
+    kind of phase, means, of the native kernels."""
+    if engine.kernels == "native":
+        return _native_profiled(engine, command)
     engine.prefill(tokens(command["past"]))
     for token in tokens(command["decode"]).tolist():
         engine.step(token)
@@ -175,6 +180,25 @@ def profiled(engine: Ours, command: dict[str, int]) -> dict[str, dict[str, tuple
             totals[op] = (count + 1, total + typical)
         out[part] = totals
     return out
+
+
+def _native_profiled(
+    engine: Ours, command: dict[str, int]
+) -> dict[str, dict[str, tuple[int, float]]]:
+    """As `profiled`; empty where the library cannot count."""
+    import native_profile
+
+    def steps() -> None:
+        for token in steps_tokens:
+            engine.step(token)
+
+    steps_tokens, ids, runs = tokens(command["decode"]).tolist(), tokens(command["prefill"]), 3
+    engine.prefill(tokens(command["past"]))
+    engine.step(FIRST_ID)
+    decode = native_profile.profiled(len(steps_tokens), steps)
+    engine.prefill(ids)
+    prefill = native_profile.profiled(runs, lambda: [engine.prefill(ids) for _ in range(runs)])
+    return {"decode": decode or {}, "prefill": prefill or {}}
 
 
 def enable_profiling() -> None:

@@ -33,6 +33,11 @@ PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
 #: Children import the working tree, whichever interpreter runs them.
 SOURCES = os.pathsep.join(str(p) for p in (ROOT, ROOT / "export", ROOT / "runtimes"))
 
+# The native kernels are built into this cache, not the user's, and used where a benchmark asks for
+# them; all others measure what a device has that did not build them.
+os.environ.setdefault("EDGE_MMLLM_CACHE", str(CACHE / "kernels"))
+os.environ.setdefault("EDGE_MMLLM_KERNELS", "stock")
+
 #: Set to a negative nice value (e.g. -15) to have benchmark children preferred to everything else
 #: on the machine. Off unless asked for: others who share the machine pay for it.
 PRIORITY = "EDGE_MMLLM_BENCH_PRIORITY"
@@ -171,11 +176,13 @@ class Reporter:
         command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *_public(sys.argv)])
         device = f"{self.device['cpu']}, {self.device['cpus']} CPUs"
         load, raised = os.getloadavg()[0], os.environ.get(PRIORITY)
+        kernels = os.environ["EDGE_MMLLM_KERNELS"]
         body = "\n\n".join(
             [
                 f"<!-- {self.name} -->\n## {self.title}",
                 f"`{command}` on {self.started[:10]}; {device}; load average {load:.1f} at the end"
-                + (f"; children at nice {raised}" if raised else ""),
+                + (f"; children at nice {raised}" if raised else "")
+                + (f"; kernels {kernels} unless said" if kernels != "stock" else ""),
                 *self._parts,
                 f"<!-- /{self.name} -->",
             ]

@@ -2,9 +2,10 @@
 
 Each case runs in children of its own: resident memory after importing the runtime, after loading
 SmolLM2's int4 bundle, after a prefill of 512 tokens and after 64 decode steps, split into anonymous
-pages and pages of files (smaps_rollup). Cases: as `edge_mmllm.load` does it; with the cache of
-prepacked weights (`prepacked_cache`), when it is made and when it is found; and two processes at
-once, whose proportional set size shows what they share.
+pages and pages of files (smaps_rollup). Cases: stock onnxruntime as `edge_mmllm.load` does it; with
+the cache of prepacked weights (`prepacked_cache`), when it is made and when it is found; the native
+kernels (built first where there is a compiler), which pack weights for themselves; and of each two
+processes at once, whose proportional set size shows what they share.
 
     python benchmarks/memory.py [--runs 5] [--publish]
 """
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,17 @@ PHASES = ("imported", "loaded", "prefilled", "decoded")
 CONTEXT = 1024
 
 
-def worker(bundle: str, cache: str | None) -> None:
+@dataclass(frozen=True)
+class Case:
+    """How a bundle is loaded, by how many processes, how often."""
+
+    runs: int
+    processes: int = 1
+    kernels: str = "stock"
+    cache: Path | None = None
+
+
+def worker(bundle: str, kernels: str, cache: str | None) -> None:
     """The child: prints a snapshot for each phase, waiting for a line before each."""
     import time
 
@@ -44,7 +56,9 @@ def worker(bundle: str, cache: str | None) -> None:
     assert edge_mmllm_runtime.onnx
     show("imported")
     started = time.perf_counter()
-    session = edge_mmllm.load(bundle, threads=2, context=CONTEXT, prepacked_cache=cache)
+    session = edge_mmllm.load(
+        bundle, threads=2, context=CONTEXT, prepacked_cache=cache, kernels=kernels
+    )
     load_s = time.perf_counter() - started
     show("loaded", load_s=load_s)
     session.prefill(np.arange(500, 1012))
@@ -70,16 +84,16 @@ def _rollup() -> dict[str, int]:
     }
 
 
-def watch(bundle: Path, cache: Path | None, processes: int = 1) -> list[list[dict[str, Any]]]:
+def watch(bundle: Path, case: Case) -> list[list[dict[str, Any]]]:
     """Snapshots of each process at each phase; all processes go from phase to phase together."""
-    command = [sys.executable, __file__, "--worker", str(bundle)]
-    command += [str(cache)] if cache else []
+    command = [sys.executable, __file__, "--worker", str(bundle), case.kernels]
+    command += [str(case.cache)] if case.cache else []
     children = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=harness.child_env(),
         )
-        for _ in range(processes)
+        for _ in range(case.processes)
     ]  # fmt: skip
     found: list[list[dict[str, Any]]] = [[] for _ in children]
     try:
@@ -99,29 +113,35 @@ def watch(bundle: Path, cache: Path | None, processes: int = 1) -> list[list[dic
 
 def run(arguments: argparse.Namespace, report: harness.Reporter) -> None:
     """All cases."""
+    missing = artefacts.kernels()
     bundle = artefacts.ours("smollm2", arguments.cache, "--quant", "int4")
     weights = (bundle / "weights.bin").stat().st_size
     versions = harness.versions(sys.executable, ("edge-mmllm", "onnxruntime", "numpy"))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch)
-        watch(bundle, None)  # fills the page cache
-        cases: dict[str, tuple[Path | None, int, int]] = {
-            "as loaded": (None, 1, arguments.runs),
-            "prepacked cache, made": (cache, 1, 1),
-            "prepacked cache, found": (cache, 1, arguments.runs),
-            "two processes": (None, 2, 1),
-            "two processes, prepacked cache": (cache, 2, 1),
+        watch(bundle, Case(1))  # fills the page cache
+        runs = arguments.runs
+        cases = {
+            "stock": Case(runs),
+            "stock, prepacked cache, made": Case(1, cache=cache),
+            "stock, prepacked cache, found": Case(runs, cache=cache),
+            "stock, two processes": Case(1, 2),
+            "stock, two processes, prepacked cache": Case(1, 2, cache=cache),
         }
-        for label, (place, processes, runs) in cases.items():
-            found = [watch(bundle, place, processes) for _ in range(runs)]
+        if missing is None:
+            cases["native"] = Case(runs, kernels="native")
+            cases["native, two processes"] = Case(1, 2, kernels="native")
+        for label, case in cases.items():
+            found = [watch(bundle, case) for _ in range(case.runs)]
             one = [run[0] for run in found]
             report.record(
                 case=label, bundle_sha256=harness.tree_sha256(bundle), weights_bytes=weights,
                 context=CONTEXT, threads=2, versions=versions, runs=found,
+                kernels=artefacts.kernels_key() if case.kernels == "native" else None,
             )  # fmt: skip
             for i, phase in enumerate(PHASES):
-                if phase == "imported" and label != "as loaded":
+                if phase == "imported" and label != "stock":
                     continue
                 middle = {k: median(s[i][k] for s in one) / 1e6 for k in ("rss", "pss")}
                 middle |= {
@@ -133,6 +153,7 @@ def run(arguments: argparse.Namespace, report: harness.Reporter) -> None:
         disk = harness.size_bytes(cache)
     report.text(
         f"Weights file {weights / 1e6:.0f} MB; the prepacked cache takes {disk / 1e6:.0f} MB more."
+        + (f" No native kernels: {missing}." if missing else "")
     )
     report.table(
         f"Memory of SmolLM2 int4, MB, context {CONTEXT}, 2 threads (median of {arguments.runs} "
@@ -144,7 +165,7 @@ def run(arguments: argparse.Namespace, report: harness.Reporter) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
+        worker(sys.argv[2], sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)
         return
     parser = harness.parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)

@@ -16,6 +16,7 @@ import harness
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "speed.py": (),
+    "recurrent.py": (),
     "export_cost.py": ("--large",),
     "memory.py": (),
     "footprint.py": (),
@@ -25,6 +26,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "speed.py": ("--quick", "--wait", "5"),
+    "recurrent.py": ("--quick", "--wait", "5"),
     "export_cost.py": ("--rounds", "1", "--wait", "5"),
     "memory.py": ("--runs", "1"),
     "footprint.py": (),

@@ -26,7 +26,6 @@ from typing import Any, get_args
 import artefacts
 import harness
 import numpy as np
-import random_models
 import zoo
 
 import edge_mmllm
@@ -35,6 +34,8 @@ from edge_mmllm_runtime.storage import Storage
 
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 READ, CONTINUED, PLACES = 512, 64, 16
+#: Models of 0.1B.
+SMALL = ("rwkv7-0.1b", "mamba-130m", "mamba2-130m")
 DRIFT = (*((name, quant) for name in zoo.MODELS for quant in ("f32", "int4")), ("smollm2", "int4"))
 
 
@@ -52,10 +53,7 @@ def restoring(
     name: str, arguments: argparse.Namespace, report: harness.Reporter
 ) -> list[list[str]]:
     """Rows of one 0.1B model."""
-    out = arguments.cache / "benchmarks" / f"random-{name}-int4"
-    if not (out / "manifest.json").is_file():
-        source = random_models.checkpoint(name, arguments.cache)
-        artefacts.run(artefacts.export_command(source, out, "--quant", "int4", "--gate", "off"))
+    out = artefacts.ours(name, arguments.cache, "--quant", "int4")
     rows = []
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -146,13 +144,13 @@ def drift(
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    zoo.options(parser, (*random_models.MODELS, *zoo.MODELS, "smollm2"))
+    zoo.options(parser, (*SMALL, *zoo.MODELS, "smollm2"))
     parser.add_argument("--runs", type=int, default=21)
     arguments = parser.parse_args()
     report = harness.Reporter("state", "State", arguments)
     arguments.versions = harness.versions(sys.executable, ("edge-mmllm", "onnxruntime", "numpy"))
     chosen = arguments.only
-    rows = [r for n in random_models.MODELS if n in chosen for r in restoring(n, arguments, report)]
+    rows = [r for n in SMALL if n in chosen for r in restoring(n, arguments, report)]
     report.table(
         f"Models of 0.1B: a state set aside and put back, ms (median of {arguments.runs}; highest "
         "of them for restore and load). The file is the states and what `file` says; same: greedy "
