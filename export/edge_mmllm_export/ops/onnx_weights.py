@@ -99,8 +99,9 @@ class WeightStore:
         """Quantized weights, stacked along N, packed as MatMulNBits reads them.
 
         `B` uint8 `(N, blocks, block_size * bits / 8)`, scales float16 `(N, blocks)` (float32
-        beside float zero points), zero points uint8 `(N, ceil(blocks * bits / 8))` or float32 `(N, blocks)`. The same bytes serve
-        GatherBlockQuantized (`as_rows`) as `(N, K * bits / 8)`: tied weights are stored once.
+        beside float zero points), zero points uint8 `(N, ceil(blocks * bits / 8))` or float32
+        `(N, blocks)`. The same bytes serve GatherBlockQuantized (`as_rows`) as
+        `(N, K * bits / 8)`: tied weights are stored once.
         """
         scheme, k = ws[0].scheme, ws[0].shape[1]
         size, bits = scheme.block_size, scheme.bits

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <new>
 
 #include "linear.h"
 
@@ -12,6 +13,7 @@ namespace {
 constexpr int kVersion = 1;
 constexpr int kMaxWidth = 1 << 24;
 constexpr int kMaxCount = 1 << 20;
+constexpr size_t kMaxFloats = size_t(1) << 40;
 constexpr int kFloat = 1, kUint8 = 2, kFloat16 = 10;  // ONNX element types
 
 }  // namespace
@@ -263,7 +265,10 @@ void Program::prepare(Context& c) const {
   auto floats = [&](const Buffer& b) {
     return (size_t(b.width) * c.rows[b.kind] + kLanes + 15) / 16 * 16;
   };
-  for (const auto& b : buffers_) total += floats(b);
+  for (const auto& b : buffers_) {
+    total += floats(b);
+    if (total > kMaxFloats) throw std::bad_alloc();  // long before the sum could wrap
+  }
   c.scratch.reserve_floats(total);
   c.buffers.resize(buffers_.size());
   float* at = c.scratch.data();
