@@ -16,7 +16,7 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,17 @@ def large_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (h,)  # type: ignore[misc]
 
 
-def write_large(folder: Path) -> int:
-    """Write the checkpoint tensor by tensor; returns its number of parameters.
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], shapes: Iterable[tuple[str, tuple[int, ...]]]
+) -> int:
+    """Write a checkpoint tensor by tensor, in shards; returns its number of parameters.
 
     Values are random bfloat16 of magnitude 2^-10 to 2^-6 and either sign; norms are ones.
     """
-    (folder / "config.json").write_text(json.dumps(LARGE))
+    (folder / "config.json").write_text(json.dumps(config))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
-    for name, shape in large_shapes():
+    for name, shape in shapes:
         size = 2 * int(np.prod(shape))
         if size > room and shards[-1]:
             shards.append({})
@@ -183,7 +185,7 @@ def large(arguments: argparse.Namespace, report: harness.Reporter) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         source, out = Path(scratch) / "checkpoint", Path(scratch) / "out"
         source.mkdir()
-        parameters = write_large(source)
+        parameters = write_checkpoint(source, LARGE, large_shapes())
         for label, options in {
             "default": (),
             "--max-ram 1GiB": ("--max-ram", "1GiB"),

@@ -18,22 +18,9 @@ from edge_mmllm_export.models.qformer import QFormer, QFormerConfig
 BACKBONES = (Renames((("", "language_model."),)),)
 
 
-def blip2(checkpoint: Checkpoint, context: int | None) -> Composite:
-    """The model of a BLIP-2 config. Raises: CheckpointError."""
-    return compose(checkpoint, context)
-
-
-def compose(
-    checkpoint: Checkpoint, context: int | None, tokenizer: bytes | None = None
-) -> Composite:
-    """ViT, Q-Former and backbone.
-
-    Args:
-        tokenizer: `tokenizer.json` of a Q-Former that reads the prompt too (InstructBLIP).
-
-    Raises:
-        CheckpointError: a config that cannot be used.
-    """
+def blip2(checkpoint: Checkpoint, context: int | None, tokenizer: bytes | None = None) -> Composite:
+    """The model of a BLIP-2 config; with the `tokenizer.json` of a Q-Former that reads the prompt
+    too, of an InstructBLIP config. Raises: CheckpointError."""
     where = f"{checkpoint.source}, config.json"
     f = Fields(checkpoint.config, where)
     language, renames = hub.backbone(checkpoint, context, BACKBONES, absent="opt")

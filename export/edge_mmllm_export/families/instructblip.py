@@ -8,7 +8,7 @@ from __future__ import annotations
 from edge_mmllm.errors import CheckpointError
 from edge_mmllm_export.checkpoints.base import Checkpoint
 from edge_mmllm_export.checkpoints.text import load_tokenizer
-from edge_mmllm_export.families.blip2 import compose
+from edge_mmllm_export.families.blip2 import blip2
 from edge_mmllm_export.families.composite import Composite
 
 
@@ -24,4 +24,4 @@ def instructblip(checkpoint: Checkpoint, context: int | None) -> Composite:
         )
     content = path.read_bytes()
     load_tokenizer(content, str(path))
-    return compose(checkpoint, context, content)
+    return blip2(checkpoint, context, content)
