@@ -54,7 +54,7 @@ def test_ids_alone_do_not_say_the_instruction(families, tmp_path):
         session.encode(given.ids, given.media)
 
 
-@pytest.mark.parametrize("name", ["blip2-t5", "instructblip-t5", "instructblip-llama"])
+@pytest.mark.parametrize("name", [*INSTRUCTED, "blip2-t5", "idefics", "mllama"])
 def test_a_bundle_carries_all_that_it_needs(name, tmp_path):
     given = golden(name)
     options = ExportOptions(plan=QuantPlan("f32"))
