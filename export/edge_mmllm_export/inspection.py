@@ -194,7 +194,8 @@ def _groups(rows: tuple[TensorRow, ...]) -> tuple[Group, ...]:
 
 
 def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
-    """The stored tensors of a bundle's ONNX graphs, as packed: codes, scales, vectors.
+    """The stored tensors of a bundle's ONNX graphs, as packed: codes, scales, vectors; each under
+    the first stage that uses it.
 
     Raises:
         BundleError: as `open_bundle`; CorruptBundle for a graph that cannot be parsed.
@@ -203,6 +204,7 @@ def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
 
     bundle = open_bundle(path)
     rows: list[TensorRow] = []
+    places = set[tuple[str, str]]()
     for name, stage in bundle.spec.stages.items():
         file = bundle.file(stage.file)
         try:
@@ -216,6 +218,10 @@ def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
                 continue  # a constant of the graph, named after its value
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             outside = {entry.key: entry.value for entry in tensor.external_data}
+            place = outside.get("location", ""), outside.get("offset", tensor.name)
+            if place in places:
+                continue  # stages share their weights
+            places.add(place)
             size = int(outside["length"]) if "length" in outside else tensor.ByteSize()
             rows.append(TensorRow(tensor.name, tuple(tensor.dims), kind, size, name))
     return tuple(rows)
