@@ -143,7 +143,9 @@ class Tiles(Plain):
 
 class Grid:
     """Qwen2-VL: as many rows as the picture's grid of patches has squares of `merge` by `merge`.
-    They stand in three streams of positions: frame, row, column."""
+    They stand in three streams of positions: frame, row, column. What follows stands behind the
+    largest of these (Qwen2-VL, arXiv 2409.12191, section 2.1; transformers 5.23 leaves out frames).
+    """
 
     def __init__(self, modality: Modality, fields: Fields) -> None:
         self._placeholder = modality.placeholder

@@ -12,6 +12,7 @@ import pytest
 import references
 from family_files import FOLDER, golden
 
+from edge_mmllm.audio import PreparedAudio
 from edge_mmllm.cli import main
 from edge_mmllm.errors import (
     CheckpointError,
@@ -29,6 +30,7 @@ from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_runtime.check import check
 from edge_mmllm_runtime.layouts import layout_of
 from edge_mmllm_runtime.media import Prepared
+from edge_mmllm_runtime.placing import _stepped
 
 TOLERANCE = 1e-4
 
@@ -162,6 +164,27 @@ def test_a_second_prompt_with_a_picture(session):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_text_goes_on_behind_the_last_frame():
+    """Of a video of more frames than rows and columns, too."""
+    steps = layout(0, kind="grid", merge=2).places(
+        Prepared(({},), Picture(np.empty(0, np.float32), (4, 2), (4, 2), patch_grid=(3, 4, 2)))
+    )
+    assert steps.tolist() == [[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1], [0] * 6]
+    found = _stepped(9, [(np.arange(2, 8), steps)])
+    assert found[0].tolist() == [0, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert found[1].tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 5]
+
+
+def test_the_oracle_in_pieces(families):
+    loaded, _ = families("qwen2-vl")
+    ids = np.arange(4, 16)
+    whole, parts = loaded.oracle().forward(ids), loaded.oracle()
+    found = np.concatenate(
+        [parts.forward(ids[:5]), parts.forward(ids[5:6]), parts.forward(ids[6:])]
+    )
+    np.testing.assert_allclose(found, whole, rtol=0, atol=TOLERANCE)
+
+
 def test_rows_of_one_picture_stand_together(session):
     image = session.spec.modalities["image"].token_id
     count = len(session.encode([image], {"image": golden("qwen2-vl").media["image"][:1]}))
@@ -246,6 +269,18 @@ def test_configs_that_cannot_be_used(name, file, change, error, message, tmp_pat
     path.write_text(json.dumps(config))
     with pytest.raises(error, match=message):
         references.load(tmp_path)
+
+
+def test_a_sound_has_the_rows_of_its_frames(families):
+    loaded, _ = families("qwen2-audio")
+    tower = family_files.composite(loaded).pathways[0].encoder.component
+    own = layout(0, kind="sound", stride=2, pooled=2)
+    counts = [
+        own.count(Prepared(({},), PreparedAudio(np.empty(0, np.float32), frames, 1.0)))
+        for frames in range(3, 101)
+    ]
+    assert counts == [tower.tokens_of(frames) for frames in range(3, 101)]
+    assert counts[61 - 3 : 64 - 3] == [15, 15, 16]
 
 
 def test_a_sound_of_no_row_is_refused(families):

@@ -34,10 +34,9 @@ def qwen2_vl(checkpoint: Checkpoint, context: int | None) -> Composite:
     f = Fields(checkpoint.config, where)
     nested = any(name.startswith(_IN_MEMORY.pairs[0][1]) for name in checkpoint.tensors)
     renames = _IN_MEMORY if nested else _RELEASED
-    tied = f.flag("tie_word_embeddings", False)
     text: dict[str, Any] = {**f.config, **f.table("text_config")}
-    tied = tied or text.get("tie_word_embeddings") is True
-    language = Qwen2Vl.of(checkpoint, text | {"tie_word_embeddings": tied}, renames, context)
+    text["tie_word_embeddings"] = any(t.get("tie_word_embeddings") for t in (text, f.config))
+    language = Qwen2Vl.of(checkpoint, text, renames, context)
     config = Qwen2VlVisionConfig.from_config(Fields(f.table("vision_config"), where))
     prefix = hub.prefix(checkpoint, "visual.", "model.visual.")
     parts = Part(Qwen2VlVision(config), prefix), Part(PatchMerger(config), prefix)
