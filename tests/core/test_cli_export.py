@@ -85,7 +85,7 @@ def test_every_option_arrives(
     found = {(g.group, g.scheme) for g in manifest.quantization.groups}
     assert {("embedding", "f16"), ("matrix", "int8-b32"), ("matrix", "f16")} <= found
     assert ("matrix", "int4-b64-min") in found
-    assert set(manifest.model.stages) == {"embed", "decoder"}
+    assert set(manifest.model.stages) == {"embed", "decoder", "decoder_native"}
     assert manifest.model.context_length == 64
     assert manifest.gate.verdict == "not judged"
     assert str(tmp_path) not in manifest.export.command
