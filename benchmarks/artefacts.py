@@ -184,7 +184,7 @@ def kernels() -> str | None:
         if native.library() is None:
             native.build()
     except KernelError as error:
-        return str(error)
+        return " ".join(str(error).split())
     return None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -73,7 +74,7 @@ def prefill_gflop(name: str, arguments: argparse.Namespace) -> float:
         parameters = build(checkpoint).parameters()
     finally:
         checkpoint.close()
-    sizes = dict.fromkeys(("matrix", "embedding", "head", "vector"), 0)
+    sizes = Counter[str]()
     for parameter in parameters:
         sizes[parameter.role] += prod(parameter.shape)
     return 2e-9 * (PREFILL * sizes["matrix"] + (sizes["head"] or sizes["embedding"]))
