@@ -18,6 +18,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "speed.py": (),
     "recurrent.py": (),
     "export_cost.py": ("--large",),
+    "blip2.py": (),
     "memory.py": (),
     "footprint.py": (),
     "quality.py": (),

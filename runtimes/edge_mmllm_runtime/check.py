@@ -121,10 +121,11 @@ def check(path: str | os.PathLike[str], threads: int | None = None) -> CheckRepo
         note = "the bundle was not judged: it has no golden vectors, only hashes were checked"
         return _report(bundle, verification.extra, (), note=note)
     with load(path, threads=threads) as session:
-        golden = read_golden(bundle.file(bundle.manifest.golden), session.spec.vocab_size)
+        sizes = session.spec.vocab_size, session.spec.extra_ids
+        golden = read_golden(bundle.file(bundle.manifest.golden), *sizes)
         passes = run_golden(session, golden, limits(bundle))
         for entry in bundle.manifest.golden_media:
-            own = read_golden(bundle.file(entry.vectors), session.spec.vocab_size)
+            own = read_golden(bundle.file(entry.vectors), *sizes)
             media = {entry.modality: [bundle.file(entry.media)]}
             passes += run_golden(session, own, limits(bundle), media)
         return _report(bundle, verification.extra, (), passes=passes, session=session)

@@ -57,8 +57,9 @@ class Golden:
     logits: Float32
 
 
-def read_golden(path: Path, vocab_size: int) -> Golden:
-    """Reads and checks golden vectors for a model of `vocab_size`.
+def read_golden(path: Path, vocab_size: int, extra_ids: int = 0) -> Golden:
+    """Reads and checks golden vectors for a model of `vocab_size`, whose inputs may have
+    `extra_ids` more.
 
     Raises:
         CorruptBundle: not such a file, or at odds with itself or the model.
@@ -94,7 +95,7 @@ def read_golden(path: Path, vocab_size: int) -> Golden:
         rows=arrays["rows"],
         logits=arrays["logits"].astype(np.float32),
     )
-    reason = _objection(golden, vocab_size)
+    reason = _objection(golden, vocab_size, extra_ids)
     if reason:
         raise _corrupt(path, reason)
     return golden
@@ -139,7 +140,7 @@ def _array(data: bytes, dtype: str) -> NDArray[Any]:
     return np.frombuffer(data, dtype, offset=begin).reshape(shape)
 
 
-def _objection(golden: Golden, vocab_size: int) -> str | None:
+def _objection(golden: Golden, vocab_size: int, extra_ids: int) -> str | None:
     """What is wrong with arrays of the right types, if anything."""
     ids, rows = golden.ids, golden.rows
     n = len(ids)
@@ -147,7 +148,7 @@ def _objection(golden: Golden, vocab_size: int) -> str | None:
     for name, shape in zip(_DTYPES, shapes, strict=True):
         if getattr(golden, name).shape != shape:
             return f"{name} of shape {getattr(golden, name).shape}, not {shape}"
-    if ids.min() < 0 or ids.max() >= vocab_size:
+    if ids.min() < 0 or ids.max() >= vocab_size + extra_ids:
         return "ids outside the vocabulary"
     if golden.top1.min() < 0 or golden.top1.max() >= vocab_size:
         return "top1 outside the vocabulary"

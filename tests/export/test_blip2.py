@@ -15,6 +15,7 @@ from edge_mmllm.errors import CheckpointError, UsageError
 from edge_mmllm_export.exporter import export
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan
+from edge_mmllm_runtime.check import check
 
 INSTRUCTED = ["instructblip-llama", "instructblip-t5"]
 
@@ -67,6 +68,7 @@ def test_a_bundle_carries_all_that_it_needs(name, tmp_path):
             given.prompt, len(given.greedy), ignore_eos=True, media=given.media
         )
         assert tuple(found) == given.greedy
+    assert check(tmp_path / "bundle", threads=1).ok
 
 
 @pytest.mark.parametrize(
