@@ -188,8 +188,8 @@ class MllamaVision:
         return ()
 
     def encode(self, op: Ops[T], w: Mapping[str, Weight], pixels: T, ratio: T, tiles: T) -> T:
-        """Tiles `(max, channels, height, width)`, id and count -> `(max * tokens, width)`, the tiles
-        in use first."""
+        """Tiles `(max, channels, height, width)`, id and count -> `(max * tokens, width)`, those in
+        use first."""
         c, n, h = self.config, self.tokens_per_tile, self.config.hidden_size
         shape = (c.tiles, c.channels, c.image_size, c.image_size)
         x = op.linear(op.patches(pixels, shape, c.patch_size), w["patch"])[0]
