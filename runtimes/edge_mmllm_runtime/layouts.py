@@ -94,7 +94,10 @@ class Beside(Plain):
 
     def used(self, item: Prepared) -> int | None:
         """Rows of the tiles in use, where there are others."""
-        return self._tokens * int(item.runs[0]["tiles"][0]) if self._tiles else None
+        if self._tiles is None:
+            return None
+        tiles = int(item.runs[0]["tiles"][0])
+        return self._tokens * tiles if tiles < self._tiles else None
 
     def tidy(self, text: str) -> str:
         """The text of a whole prompt, with one fence between two pictures, and where it had its

@@ -229,7 +229,7 @@ def _looks(stage: str, span: tuple[int, int], item: Item, blind: bool) -> Iterat
         yield Look(stage, *span, item.rows)
         return
     yield Look(stage, *span, partial(_part, item, 0, item.used))
-    if blind and item.used < len(item.rows()):
+    if blind:
         yield Look(stage, -1, -1, partial(_part, item, item.used, None))
 
 
