@@ -23,6 +23,7 @@
     │   ├── CorruptMedia         damaged, cut short or empty
     │   ├── UnsupportedMedia     a format or a shape that is not read; says what to convert to
     │   └── MediaTooLarge        past the settings' limit (a decompression bomb); not decoded
+    ├── DoesNotFit               a run needs more memory than it is allowed
     ├── KernelError              the native kernels cannot be built or are not there
     └── SessionError             a running session cannot go on
         ├── ContextFull          no room for the tokens asked for
@@ -164,6 +165,10 @@ class UnsupportedMedia(MediaError):
 
 class MediaTooLarge(MediaError):
     """More pixels, frames or samples than the settings allow; nothing of it was decoded."""
+
+
+class DoesNotFit(EdgeError):
+    """A run needs more memory than it is allowed, by a limit or by the machine."""
 
 
 class KernelError(EdgeError):
