@@ -29,7 +29,7 @@ COMMANDS = {
     "inspect": "Describe a checkpoint or a bundle.",
     "check": "Check a bundle's files and its answers on this device.",
     "bench": "Measure a bundle's speed and memory on this device.",
-    "kernels": "Build the native kernels, which make decoding faster, or show whether they are there.",
+    "kernels": "Build the native kernels, which are faster, or show whether they are there.",
     "doctor": "Show what is installed, what is missing, and what the machine offers.",
     "pack": "Pack a bundle's folder into one .edge file.",
     "unpack": "Unpack an .edge file, checking every byte.",

@@ -15,7 +15,7 @@ from edge_mmllm.cli._output import emit, table
 )
 @json_option
 def command(wants_build: bool, compiler: str | None, as_json: bool) -> None:
-    """Build the native kernels, which make decoding faster, or show whether they are there.
+    """Build the native kernels, which are faster, or show whether they are there.
 
     Once built, they are used by every bundle that carries a program for them;
     EDGE_MMLLM_KERNELS=stock turns them off.

@@ -98,7 +98,14 @@ def build(
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / _name()
-        arguments = [command, *_FLAGS, _machine_flag(machine), "-o", str(made), *map(str, _sources())]
+        arguments = [
+            command,
+            *_FLAGS,
+            _machine_flag(machine),
+            "-o",
+            str(made),
+            *map(str, _sources()),
+        ]
         try:
             result = subprocess.run(
                 arguments, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

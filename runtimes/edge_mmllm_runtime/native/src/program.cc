@@ -213,9 +213,14 @@ void Program::pack_matrices(const std::vector<MatrixSource>& sources) {
     packed_bytes_ += matrices_[i].bytes() + 64;
   }
   arena_ = std::make_unique<Arena>(packed_bytes_);
+  std::vector<std::pair<const void*, size_t>> packed;
   for (size_t i = 0; i < matrices_.size(); i++) {
-    pack(matrices_[i], sources[i], arena_->take(matrices_[i].bytes()));
+    const Matrix& m = matrices_[i];
+    pack(matrices_[i], sources[i], arena_->take(m.bytes()));
+    const size_t bits = m.kind == Matrix::kInt4 ? 4 : m.kind == Matrix::kInt8 ? 8 : m.kind == Matrix::kFloat16 ? 16 : 32;
+    packed.emplace_back(sources[i].codes, size_t(m.n) * (m.quantized() ? m.blocks * m.block : m.k) * bits / 8);
   }
+  let_go(packed);
 }
 
 // -- running -------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 #include "weights.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace edge {
@@ -114,6 +116,35 @@ void pack(Matrix& m, const MatrixSource& source, uint8_t* to) {
       }
     }
   }
+}
+
+void let_go(const std::vector<std::pair<const void*, size_t>>& sources) {
+#if defined(__linux__)
+  std::vector<std::pair<uintptr_t, uintptr_t>> files;
+  std::FILE* maps = std::fopen("/proc/self/maps", "r");
+  if (maps == nullptr) return;
+  char line[4352];  // a path has 4096 bytes at most
+  while (std::fgets(line, sizeof line, maps) != nullptr) {
+    unsigned long start, stop, inode;
+    if (std::sscanf(line, "%lx-%lx %*s %*s %*s %lu", &start, &stop, &inode) == 3 && inode != 0) {
+      files.emplace_back(start, stop);
+    }
+  }
+  std::fclose(maps);
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  for (const auto& source : sources) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(source.first);
+    const uintptr_t start = (address + page - 1) / page * page;
+    const uintptr_t stop = (address + source.second) / page * page;
+    for (const auto& file : files) {
+      if (start < stop && start >= file.first && stop <= file.second) {
+        madvise(reinterpret_cast<void*>(start), stop - start, MADV_DONTNEED);
+      }
+    }
+  }
+#else
+  (void)sources;
+#endif
 }
 
 void Quantized::resize(int rows) {

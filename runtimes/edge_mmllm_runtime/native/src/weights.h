@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -51,6 +52,10 @@ struct MatrixSource {
 // Fills in the sizes; `pack` then needs `bytes()` of an arena.
 void lay_out(Matrix& m, const MatrixSource& source);
 void pack(Matrix& m, const MatrixSource& source, uint8_t* to);
+
+// Lets go of the pages of packed sources that are mapped from a file: they are not read again, or
+// come back from the file when they are. Memory of any other kind stays as it is.
+void let_go(const std::vector<std::pair<const void*, size_t>>& sources);
 
 // Activations quantized in blocks along k: x ~ q * scale. Rows are padded with zeros to whole
 // blocks. `sum` holds the sum of each block's q.
