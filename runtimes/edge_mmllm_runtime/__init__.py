@@ -40,6 +40,7 @@ def load(
     context: int | None = None,
     prepacked_cache: str | os.PathLike[str] | None = None,
     kernels: str = "auto",
+    trace: str | os.PathLike[str] | None = None,
 ) -> Session:
     """Opens a bundle and makes it ready to run.
 
@@ -56,6 +57,8 @@ def load(
         kernels: `native`: the library that `edge-mmllm kernels --build` makes; `stock`:
             onnxruntime's own; `auto`: native where the library is built and the bundle has a
             program for it, unless $EDGE_MMLLM_KERNELS says otherwise.
+        trace: a folder for the engine's own profile of its operators, written when the session
+            is closed, see `edge_mmllm.profiling.operators`. It slows the engine.
 
     Raises:
         KernelError: `native` kernels that are not built here, or not in the bundle.
@@ -85,7 +88,7 @@ def load(
             expected=f"1 to {most_threads()}",
             found=str(threads),
         )
-    options = EngineOptions(threads or default_threads(), context, prepacked_cache, kernels)
+    options = EngineOptions(threads or default_threads(), context, prepacked_cache, kernels, trace)
     open_engine = _opener(name)
 
     def make_text() -> Text:

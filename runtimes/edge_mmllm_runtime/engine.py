@@ -32,12 +32,14 @@ class EngineOptions:
         context: tokens to make room for; None where no state grows and there is no limit.
         prepacked_cache: folder for weights in the CPU's own layout; None for none.
         kernels: `auto`, `native` or `stock`: see `native.wanted`.
+        trace: folder for the engine's own profile of its operators, which slows it; None: none.
     """
 
     threads: int
     context: int | None = None
     prepacked_cache: str | os.PathLike[str] | None = None
     kernels: str = "auto"
+    trace: str | os.PathLike[str] | None = None
 
 
 class Engine(Protocol):

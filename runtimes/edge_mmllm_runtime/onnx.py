@@ -74,6 +74,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
         threads=options.threads,
         context=options.context,
         kernels=kernels,
+        trace=None if options.trace is None else Path(options.trace),
     )
 
 
@@ -86,6 +87,7 @@ class OnnxEngine:
         threads: threads for one operator.
         context: tokens to make room for; ignored where no state grows.
         kernels: the library that runs the stage `decoder_native`; None runs `decoder`.
+        trace: see `EngineOptions`.
 
     Raises:
         CorruptBundle: a graph is unreadable or does not keep the contract.
@@ -103,8 +105,9 @@ class OnnxEngine:
         threads: int,
         context: int | None,
         kernels: Path | None = None,
+        trace: Path | None = None,
     ) -> None:
-        self._spec, self._file, self.threads = spec, file, threads
+        self._spec, self._file, self.threads, self._trace = spec, file, threads, trace
         if kernels is not None:
             self.version = f"{ort.__version__}, native kernels"
         stage = spec.stages.get("decoder" if kernels is None else NATIVE_DECODER)
@@ -131,7 +134,7 @@ class OnnxEngine:
     def _wake(self) -> None:
         """Loads the decoder."""
         path = self._file(self._decoder.file)
-        session = _open(path, self.threads, self._kernels)
+        session = _open(path, self.threads, self._kernels, self._trace)
         _check(session, self._spec, self._decoder, self._spec.states, self._states.specs)
         self._session = session
         self._prepare(session)
@@ -259,7 +262,7 @@ class OnnxEngine:
             raise CorruptBundle(
                 f"the bundle has no stage `{name}`", expected=", ".join(self._spec.stages)
             )
-        session = _open(self._file(stage.file), self.threads)
+        session = _open(self._file(stage.file), self.threads, trace=self._trace)
         filled = tuple(s for s in self._spec.states if s.name in stage.fills)
         _check(session, self._spec, stage, (), filled)
         self._stages[name] = session
@@ -349,9 +352,13 @@ def _value(array: NDArray[Any]) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _open(path: Path, threads: int, kernels: Path | None = None) -> ort.InferenceSession:
+def _open(
+    path: Path, threads: int, kernels: Path | None = None, trace: Path | None = None
+) -> ort.InferenceSession:
     try:
         options = session_options(threads)
+        if trace is not None:  # written when the session goes: `<trace>/<stage>_<time>.json`
+            options.enable_profiling, options.profile_file_prefix = True, str(trace / path.stem)
         if kernels is not None:
             options.register_custom_ops_library(str(kernels))
         with huge_pages():
