@@ -164,7 +164,9 @@ class Kernel {
   static constexpr int64_t kAloneBytes = 256 << 10;
   static void task(void* self, size_t) {
     Kernel* kernel = static_cast<Kernel*>(self);
+    if (kernel->team_->over()) return;
     kernel->program_->run(kernel->context_, *kernel->team_, kernel->threads_);
+    kernel->team_->finish();
   }
 
   const ort::Api& api_;

@@ -32,8 +32,13 @@ class Team {
       counts_[p].done.store(0, std::memory_order_relaxed);
     }
     taken_.store(false, std::memory_order_relaxed);
+    over_.store(false, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
   }
+
+  // Whether the forward is done: more threads may be called than there are.
+  bool over() const { return over_.load(std::memory_order_relaxed); }
+  void finish() { over_.store(true, std::memory_order_relaxed); }
 
   // True for one of the threads of a forward.
   bool first() { return !taken_.exchange(true, std::memory_order_relaxed); }
@@ -62,7 +67,7 @@ class Team {
     std::atomic<int> claimed{0}, done{0};
   };
   int phases_;
-  std::atomic<bool> taken_{false};
+  std::atomic<bool> taken_{false}, over_{false};
   std::unique_ptr<Count[]> counts_;
 };
 
