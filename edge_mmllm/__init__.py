@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from edge_mmllm.bundle import Bundle, open_bundle
     from edge_mmllm.errors import EdgeError
     from edge_mmllm.profiling.bench import bench
+    from edge_mmllm.profiling.profile import ProfileOptions, profile
+    from edge_mmllm.profiling.profiler import Profiler
+    from edge_mmllm.profiling.report_data import Report
     from edge_mmllm_runtime import load
     from edge_mmllm_runtime.check import check
     from edge_mmllm_runtime.session import Session
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Bundle",
     "EdgeError",
+    "ProfileOptions",
+    "Profiler",
+    "Report",
     "Session",
     "Snapshot",
     "__version__",
@@ -34,18 +40,23 @@ __all__ = [
     "check",
     "load",
     "open_bundle",
+    "profile",
 ]
 
 #: Public name -> the module it lives in.
 _HOMES = {
     "Bundle": "edge_mmllm.bundle",
     "EdgeError": "edge_mmllm.errors",
+    "ProfileOptions": "edge_mmllm.profiling.profile",
+    "Profiler": "edge_mmllm.profiling.profiler",
+    "Report": "edge_mmllm.profiling.report_data",
     "Session": "edge_mmllm_runtime.session",
     "Snapshot": "edge_mmllm_runtime.snapshot",
     "bench": "edge_mmllm.profiling.bench",
     "check": "edge_mmllm_runtime.check",
     "load": "edge_mmllm_runtime",
     "open_bundle": "edge_mmllm.bundle",
+    "profile": "edge_mmllm.profiling.profile",
 }
 
 
