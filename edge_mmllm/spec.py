@@ -15,18 +15,19 @@ from edge_mmllm._fields import Fields
 from edge_mmllm.errors import CorruptBundle
 from edge_mmllm.modality import MODALITIES, Component, Modality
 
-StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift", "place"]
-Dtype = Literal["float32", "float16", "int8", "int64"]
-TokenizerKind = Literal["tokenizers", "rwkv-world", "bytes", "none"]
+StateKind = Literal["kv", "cross_kv", "conv", "recurrent", "shift", "place", "opaque"]
+Dtype = Literal["float32", "float16", "int8", "int64", "uint8"]
+TokenizerKind = Literal["tokenizers", "rwkv-world", "bytes", "gguf", "none"]
 
 #: The file that a tokenizer of each kind needs in the bundle.
 TOKENIZER_FILES = {"tokenizers": "tokenizer.json", "rwkv-world": "rwkv_vocab.txt"}
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8}
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int8": 1, "int64": 8, "uint8": 1}
 
 #: Stands for the session's capacity (tokens) in a kv state's shape.
 CAPACITY = -1
-#: Stands for the number of rows that a cross_kv state was filled from: encoder tokens, patches.
+#: Stands for the number of rows that a cross_kv state was filled from (encoder tokens, patches),
+#: and for the bytes of an opaque one.
 MEMORY = -2
 
 
@@ -45,7 +46,8 @@ class StateSpec:
             written by the stage that lists them in `fills`, and only read by the decoder (no
             `next.<name>`); `place` is int64 `(1,)`, the first rotary position behind all tokens,
             which lies before the number of tokens once a picture was read (the decoder then has
-            an input `places`); the others are written whole in each forward.
+            an input `places`); `opaque` is uint8 `(MEMORY,)`, an engine's own bytes, and never in
+            a manifest; the others are written whole in each forward.
     """
 
     name: str
@@ -74,7 +76,8 @@ class StateSpec:
     @classmethod
     def from_json(cls, fields: Fields) -> StateSpec:
         """Reads one entry of `model.states`. Raises: CorruptBundle."""
-        kind = cast(StateKind, fields.one_of("kind", get_args(StateKind)))
+        kinds = tuple(k for k in get_args(StateKind) if k != "opaque")
+        kind = cast(StateKind, fields.one_of("kind", kinds))
         shape = fields.integers("shape", least=MEMORY)
         free = [d for d in shape if d < 0]
         wanted = {"kv": [CAPACITY], "cross_kv": [MEMORY]}.get(kind, [])
@@ -83,7 +86,8 @@ class StateSpec:
                 "shape",
                 "sizes of at least 1, at most one -1 in a kv state, one -2 in cross_kv",
             )
-        dtype = cast(Dtype, fields.one_of("dtype", get_args(Dtype)))
+        dtypes = tuple(d for d in get_args(Dtype) if d != "uint8")
+        dtype = cast(Dtype, fields.one_of("dtype", dtypes))
         if kind == "place" and (shape, dtype) != ((1,), "int64"):
             raise fields.fail("shape", "(1,), int64, of a place")
         return cls(fields.text("name"), shape, dtype, kind)
@@ -135,7 +139,8 @@ class TextSpec:
 
     Attributes:
         tokenizer: `tokenizers` (a `tokenizer.json` in the bundle), `rwkv-world` (an
-            `rwkv_vocab.txt`), `bytes` (id = byte value) or `none` (token ids only).
+            `rwkv_vocab.txt`), `bytes` (id = byte value), `gguf` (the engine's own, of a GGUF file
+            from elsewhere) or `none` (token ids only).
         bos_id: prepended once to a raw prompt when `add_bos`; never doubled.
         eos_ids: every id that ends a generation.
         add_bos: whether encoding adds BOS. False where `tokenizer.json` itself does.

@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import operator
 import os
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edge_mmllm.errors import MissingDependency, UnsupportedBundle, UsageError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_mmllm.bundle import Bundle
+    from edge_mmllm.text import Text
     from edge_mmllm_runtime.engine import Engine, EngineOptions
     from edge_mmllm_runtime.session import Session
 
@@ -25,6 +28,7 @@ __all__ = ["ENGINES", "load"]
 #: Engine name -> (module with `open_engine`, package it needs, extra that installs it).
 ENGINES = {
     "onnx": ("edge_mmllm_runtime.onnx", "onnxruntime", "runtime-onnx"),
+    "gguf": ("edge_mmllm_runtime.gguf", "llama_cpp", "gguf"),
 }
 
 #: Context of a session over a model whose state grows, unless asked for; bounds the address
@@ -42,10 +46,11 @@ def load(
     kernels: str = "auto",
     trace: str | os.PathLike[str] | None = None,
 ) -> Session:
-    """Opens a bundle and makes it ready to run.
+    """Opens a bundle, or a GGUF file from elsewhere, and makes it ready to run.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder; or a GGUF file, which is first loaded in a child process, see
+            `gguf_file.py`.
         engine: None: the one the manifest names.
         threads: None: what the CPU affinity and the cgroup's quota allow.
         context: tokens to make room for. None: the model's own context length, at most
@@ -69,19 +74,29 @@ def load(
     """
     from edge_mmllm.bundle import open_bundle
     from edge_mmllm.profiling.machine import default_threads
-    from edge_mmllm.spec import TOKENIZER_FILES
-    from edge_mmllm.text import Text
     from edge_mmllm_runtime.engine import EngineOptions
+    from edge_mmllm_runtime.gguf_file import GgufFile, is_gguf, open_file
     from edge_mmllm_runtime.session import Session
 
-    bundle = open_bundle(path)
-    spec = bundle.spec
-    name = _engine_name(engine, bundle.manifest.engine)
+    if is_gguf(path):
+        name = _engine_name(engine, "gguf")
+        _opener(name)  # says what is missing
+        source: Bundle | GgufFile = open_file(path)
+    else:
+        source = open_bundle(path)
+        name = _engine_name(engine, source.manifest.engine)
+    spec = source.spec
+    grows = any(s.grows for s in spec.states)
+    if name == "gguf":
+        from edge_mmllm_runtime.gguf import STATE
+
+        grows = spec.context_length is not None
+        spec = replace(spec, states=(STATE,))
     if kernels not in ("auto", "native", "stock"):
         raise UsageError("unknown kernels", expected="auto | native | stock", found=repr(kernels))
     context = _whole("context", context)
     threads = _whole("threads", threads)
-    context = _context(context, spec.context_length, any(s.grows for s in spec.states))
+    context = _context(context, spec.context_length, grows)
     if threads is not None and not 1 <= threads <= most_threads():
         raise UsageError(
             "threads does not fit this machine",
@@ -89,17 +104,26 @@ def load(
             found=str(threads),
         )
     options = EngineOptions(threads or default_threads(), context, prepacked_cache, kernels, trace)
-    open_engine = _opener(name)
+    if not isinstance(source, GgufFile):
+        engine_ = _opener(name)(source, options)
+        return Session(
+            engine_,
+            spec,
+            source.sha256,
+            partial(_text, source),
+            context=context,
+            read_file=lambda file: source.file(file).read_bytes(),
+        )
+    return source.session(spec, options)
 
-    def make_text() -> Text:
-        file = TOKENIZER_FILES.get(spec.text.tokenizer)
-        return Text(spec.text, bundle.file(file).read_bytes() if file else None)
 
-    def read_file(name: str) -> bytes:
-        return bundle.file(name).read_bytes()
+def _text(bundle: Bundle) -> Text:
+    """What turns text into ids. Raises: CorruptBundle."""
+    from edge_mmllm.spec import TOKENIZER_FILES
+    from edge_mmllm.text import Text
 
-    engine_ = open_engine(bundle, options)
-    return Session(engine_, spec, bundle.sha256, make_text, context=context, read_file=read_file)
+    file = TOKENIZER_FILES.get(bundle.spec.text.tokenizer)
+    return Text(bundle.spec.text, bundle.file(file).read_bytes() if file else None)
 
 
 def most_threads() -> int:

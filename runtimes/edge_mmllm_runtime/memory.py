@@ -19,8 +19,10 @@ from edge_mmllm_runtime.engine import Arrays
 
 
 def with_rows(specs: tuple[StateSpec, ...], rows: int) -> tuple[StateSpec, ...]:
-    """The contract of a memory of so many rows: no size of a cross_kv state is left open."""
-    return tuple(replace(s, shape=s.at(0, rows)) if _is_memory(s) else s for s in specs)
+    """The contract of a memory of so many rows (or bytes, of an engine with an opaque state): no
+    size of a cross_kv state is left open."""
+    sized = ("cross_kv", "opaque")
+    return tuple(replace(s, shape=s.at(0, rows)) if s.kind in sized else s for s in specs)
 
 
 def _is_memory(spec: StateSpec) -> bool:

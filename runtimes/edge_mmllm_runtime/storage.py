@@ -35,7 +35,7 @@ Bytes = NDArray[np.uint8]
 BLOCK = 64
 
 _INT8_KINDS = ("recurrent", "kv", "cross_kv")
-_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "<i1", "int64": "<i8"}
+_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "<i1", "int64": "<i8", "uint8": "|u1"}
 _SCALE_BYTES = 4
 
 

@@ -1,0 +1,326 @@
+"""The llama.cpp engine: GGUF files on a CPU, through llama-cpp-python's low-level API.
+
+llama.cpp owns the states. A snapshot takes them as one opaque run of bytes: 24 bytes of our own
+(which library wrote them, tokens, size; little-endian), then what
+`llama_state_seq_get_data` gives, which holds attention caches and recurrent states alike.
+
+The caches of attention are committed as soon as they are made, so they begin small and double
+when they are full, up to the session's context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm.bundle import Bundle
+from edge_mmllm.errors import CorruptBundle, SessionError, StateMismatch
+from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
+from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.llama import Model, log
+
+#: The state of every GGUF model, as the session sees it: uint8 `(bytes,)`.
+STATE = StateSpec("llama.cpp", (MEMORY,), "uint8", "opaque")
+
+#: Largest batch of one call, as of a session's chunk.
+BATCH = 512
+#: Tokens that a growing cache has room for at first.
+FIRST_CONTEXT = 1024
+
+#: sha256 of what wrote the bytes (first 8), tokens, bytes that follow.
+_HEADER = struct.Struct("<8sQQ")
+
+
+def open_engine(bundle: Bundle, options: EngineOptions) -> GgufEngine:
+    """The engine of a bundle. See `GgufEngine` for what it raises."""
+    stage = bundle.spec.stages.get("decoder")
+    if stage is None:
+        raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
+    path = bundle.file(stage.file)
+    return GgufEngine(bundle.spec, path, threads=options.threads, context=options.context)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where to go back to: the position, and the states where they cannot be cut."""
+
+    position: int
+    states: Arrays | None
+
+
+class GgufEngine:
+    """An `Engine` over llama.cpp. See `edge_mmllm_runtime.engine` for what each method does.
+
+    Args:
+        spec: the model.
+        path: the GGUF file, mapped into memory.
+        threads: to compute with.
+        context: tokens to make room for; None where no state grows.
+
+    Raises:
+        CorruptBundle: llama.cpp refuses the file, or it is not as the spec says.
+        SessionError: no memory for the states.
+    """
+
+    name = "gguf"
+
+    def __init__(self, spec: ModelSpec, path: Path, *, threads: int, context: int | None) -> None:
+        self.version: str = "llama-cpp-python " + version("llama-cpp-python")
+        self.threads = threads
+        self.model = Model(path)
+        self._api = self.model.api
+        self._context: Any = None
+        try:
+            found = (self.model.vocab_size, self.model.hidden_size)
+            if found != (spec.vocab_size, spec.hidden_size):
+                raise CorruptBundle(
+                    "the model differs from the manifest",
+                    where=str(path),
+                    expected=f"{spec.vocab_size} tokens, width {spec.hidden_size}",
+                    found=f"{found[0]} tokens, width {found[1]}",
+                )
+            self._vocab, self._hidden = found
+            self._cuts = not (self.model.recurrent or self.model.hybrid)
+            self.capacity = None if self.model.recurrent else context
+            self.accepts_embeddings = False
+            self._lost, self._filled = False, 0
+            first = BATCH if self.capacity is None else min(self.capacity, FIRST_CONTEXT)
+            self._open(first)
+        except BaseException:
+            self.close()
+            raise
+        self._writer = hashlib.sha256(self.version.encode()).digest()[:8]
+
+    def _open(self, room: int) -> None:
+        """Makes the context, with room for so many tokens where a state grows."""
+        api = self._api
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = room, BATCH, BATCH, 1
+        params.n_threads = params.n_threads_batch = self.threads
+        params.no_perf, params.offload_kqv, params.op_offload = True, False, False
+        log.restart()
+        context = api.llama_init_from_model(self.model.pointer, params)
+        if not context:
+            raise SessionError(
+                "llama.cpp cannot make a context",
+                found=str(log),
+                fix="load(..., context=N) with a smaller N",
+            )
+        self._context, self._room = context, room
+        self._memory = api.llama_get_memory(context)
+        self.state_capacity_bytes = int(log.state_mib * 2**20)
+        self._tokens = np.zeros(BATCH, np.int32)
+        self._places = np.zeros(BATCH, np.int32)
+        self._wanted = np.zeros(BATCH, np.int8)
+        self._counts = np.ones(BATCH, np.int32)
+        self._sequence = np.zeros(1, np.int32)
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        sequence = self._sequence.ctypes.data_as(pointer)
+        self._sequences = (pointer * BATCH)(*[sequence] * BATCH)
+        self._batch = api.llama_batch(
+            n_tokens=1,
+            token=self._tokens.ctypes.data_as(pointer),
+            pos=self._places.ctypes.data_as(pointer),
+            n_seq_id=self._counts.ctypes.data_as(pointer),
+            seq_id=self._sequences,
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._decode, self._get = api.llama_decode, api.llama_get_logits_ith
+        self._seen: tuple[int, Float32] = (0, np.empty(0, np.float32))
+
+    def _grow(self, tokens: int) -> None:
+        """Makes room for so many tokens: a larger context with the same states."""
+        assert self.capacity is not None  # noqa: S101 - for the type checker
+        room = self._room
+        while room < tokens:
+            room = min(2 * room, self.capacity)
+        position, state = self._filled, self.save(self._filled)[STATE.name].copy()
+        self._api.llama_free(self._context)
+        self._context, self._lost = None, True
+        self._open(room)
+        self._put(state, position)
+
+    def forward(
+        self, chunk: Int64 | Float32, position: int, rows: Int64, places: Int64 | None = None
+    ) -> Float32:
+        """See `Engine.forward`."""
+        logits = np.empty((len(rows), self._vocab), np.float32)
+        end = position + len(chunk)
+        self._ready(end)
+        for start in range(0, len(chunk), BATCH):
+            part = chunk[start : start + BATCH]
+            count = len(part)
+            self._tokens[:count] = part
+            self._places[:count] = np.arange(position + start, position + start + count)
+            self._wanted[:count] = 0
+            within = np.flatnonzero((rows >= start) & (rows < start + count))
+            self._wanted[rows[within] - start] = 1
+            self._batch.n_tokens = count
+            self._run(position)
+            for i in within:
+                logits[i] = self._row(int(rows[i]) - start)
+        self._filled = end
+        return logits
+
+    def step(self, token: int, position: int) -> Float32:
+        """See `Engine.step`."""
+        self._ready(position + 1)
+        self._tokens[0], self._places[0], self._wanted[0] = token, position, 1
+        self._batch.n_tokens = 1
+        self._run(position)
+        self._filled = position + 1
+        return self._row(0)
+
+    def _ready(self, end: int) -> None:
+        """Raises: SessionError: the states were lost, or cannot grow."""
+        if self._lost:
+            raise SessionError(
+                "the states were lost when llama.cpp failed before",
+                fix="reset the session, or restore a snapshot",
+            )
+        if self.capacity is not None and end > self._room:
+            self._grow(end)
+
+    def _run(self, position: int) -> None:
+        """Decodes the batch; where that fails, drops what it left from `position` on."""
+        status = self._decode(self._context, self._batch)
+        if status == 0:
+            return
+        self._lost = not self._cuts
+        if self._cuts:
+            self._api.llama_memory_seq_rm(self._memory, 0, position, -1)
+        raise SessionError("llama.cpp failed to run the model", found=f"{status}: {log}")
+
+    def _row(self, index: int) -> Float32:
+        """Logits of a token of the last batch, a view."""
+        found = self._get(self._context, index)
+        address = ctypes.addressof(found.contents)
+        if address != self._seen[0]:
+            view = np.ctypeslib.as_array(found, (self._vocab,))
+            self._seen = (address, view)
+        return self._seen[1]
+
+    @property
+    def memory_rows(self) -> int:
+        """Bytes of the states, as `save` gives them: the size of the opaque state."""
+        return _HEADER.size + int(self._api.llama_state_seq_get_size(self._context, 0))
+
+    def clear(self) -> None:
+        """See `Engine.clear`."""
+        self._api.llama_memory_clear(self._memory, True)
+        self._lost, self._filled = False, 0
+
+    def rewind(self, position: int, to: int) -> bool:
+        """See `Engine.rewind`."""
+        if to == 0 and not self._lost:
+            self.clear()
+            return True
+        if not self._cuts or not self._api.llama_memory_seq_rm(self._memory, 0, to, -1):
+            return False
+        self._filled = to
+        return True
+
+    def mark(self, position: int) -> _Mark:
+        """See `Engine.mark`."""
+        return _Mark(position, None if self._cuts or not position else self.save(position))
+
+    def rollback(self, mark: object) -> None:
+        """See `Engine.rollback`."""
+        assert isinstance(mark, _Mark)  # noqa: S101 - for the type checker: `mark` made it
+        if mark.states is not None:
+            self._put(mark.states[STATE.name], mark.position)
+        elif not mark.position:
+            self.clear()
+        else:
+            self._api.llama_memory_seq_rm(self._memory, 0, mark.position, -1)
+            self._filled = mark.position
+
+    def save(self, position: int) -> Arrays:
+        """See `Engine.save`."""
+        size = self.memory_rows
+        state = np.empty(size, np.uint8)
+        body = size - _HEADER.size
+        state[: _HEADER.size] = list(_HEADER.pack(self._writer, position, body))
+        written = self._api.llama_state_seq_get_data(
+            self._context, _bytes(state[_HEADER.size :]), body, 0
+        )
+        if written != body:
+            raise SessionError("llama.cpp did not give its states", found=str(log))
+        return {STATE.name: state}
+
+    def load(self, states: Arrays, position: int) -> None:
+        """See `Engine.load`."""
+        state = states.get(STATE.name)
+        found = "no such state"
+        if state is not None and state.dtype == np.uint8 and state.size >= _HEADER.size:
+            writer, tokens, size = _HEADER.unpack(state[: _HEADER.size].tobytes())
+            found = f"{tokens} tokens in {size} bytes"
+            if writer != self._writer:
+                found = "states of another release"
+            elif (tokens, size) == (position, state.size - _HEADER.size):
+                self._put(state, position)
+                return
+        raise StateMismatch(
+            "the states do not fit this engine",
+            expected=f"{position} tokens of {self.version}",
+            found=found,
+        )
+
+    def _put(self, state: NDArray[np.uint8], position: int) -> None:
+        """Puts bytes of `save` back."""
+        if self.capacity is not None and position > self._room:
+            self._filled = 0
+            self.clear()
+            self._grow(position)
+        self.clear()
+        if position:
+            self._lost = True
+            body = np.ascontiguousarray(state[_HEADER.size :])
+            log.restart()
+            if not self._api.llama_state_seq_set_data(self._context, _bytes(body), body.size, 0):
+                raise SessionError("llama.cpp refuses the states", found=str(log))
+        self._lost, self._filled = False, position
+
+    def embed(self, ids: Int64) -> Float32:
+        """See `Engine.embed`: llama.cpp does not give them."""
+        raise SessionError("llama.cpp keeps its token embeddings to itself")
+
+    def load_stage(self, name: str) -> bool:
+        """See `Engine.load_stage`: there is the decoder only, and it is loaded."""
+        if name != "decoder":
+            raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+        return False
+
+    def run_stage(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
+        """See `Engine.run_stage`."""
+        raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+
+    def remember(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
+    ) -> None:
+        """See `Engine.remember`."""
+        raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+
+    def release(self, name: str) -> bool:
+        """See `Engine.release`."""
+        return False
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        context, self._context = self._context, None
+        if context:
+            self._api.llama_free(context)
+        self.model.close()
+
+
+def _bytes(array: NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
