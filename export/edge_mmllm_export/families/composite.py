@@ -150,7 +150,8 @@ class Composite:
         files: what else the bundle carries, by name (`Modality.text_tokenizer`).
 
     Raises:
-        CheckpointError: the components' widths do not fit together.
+        CheckpointError: the components' widths do not fit together, or an id lies outside the
+            vocabulary.
     """
 
     def __init__(
@@ -170,7 +171,15 @@ class Composite:
         self.files = dict(files or {})
         self.vocab_size, self.hidden_size = backbone.vocab_size, backbone.hidden_size
         self.layers, self.context_length = backbone.layers, backbone.context_length
+        ids = backbone.vocab_size + getattr(backbone, "extra_ids", 0)
         for path in self.pathways:
+            if path.modality.token_id >= ids:
+                raise CheckpointError(
+                    f"the id that stands for {path.name} lies outside the vocabulary",
+                    where="config.json, image_token_index or its like",
+                    expected=f"0 to {ids - 1}",
+                    found=str(path.modality.token_id),
+                )
             wanted = self.hidden_size
             if path.modality.target == "states":
                 wanted = getattr(backbone, "memory_width", wanted)

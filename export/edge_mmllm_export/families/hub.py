@@ -101,8 +101,8 @@ def part(
             found=type(found).__name__,
             fix="take config.json from the checkpoint's original release",
         )
-    kind = found.get("model_type") or absent
-    return {**defaults.get(str(kind), {}), **found, "model_type": kind}
+    kind = Fields(found, f"{checkpoint.source}, {key}").text("model_type", absent)
+    return {**defaults.get(kind, {}), **found, "model_type": kind}
 
 
 def prefix(checkpoint: Checkpoint, *candidates: str) -> str:

@@ -12,7 +12,7 @@ from edge_mmllm_export.checkpoints.base import Checkpoint
 from edge_mmllm_export.checkpoints.view import Renames
 from edge_mmllm_export.families import hub
 from edge_mmllm_export.families.composite import Composite, Part, Pathway
-from edge_mmllm_export.models.config import Fields
+from edge_mmllm_export.models.config import MAX_LAYERS, Fields
 from edge_mmllm_export.models.mlp import ACTIVATIONS, Mlp, MlpConfig
 
 #: Names of the language model: as transformers 5 has them in memory, as 4 and `save_pretrained` do.
@@ -32,10 +32,9 @@ PROJECTORS = ("multi_modal_projector.", "model.multi_modal_projector.")
 def tower_of(checkpoint: Checkpoint, f: Fields, select: str | None = None) -> Any:
     """The encoder that the config wants; `select` goes before the config's. Raises:
     CheckpointError."""
-    layers = f.get("vision_feature_layer", -2)
+    layers = f.numbers("vision_feature_layer", (-2,), least=-MAX_LAYERS, most=MAX_LAYERS)
     own = f.one_of("vision_feature_select_strategy", ("default", "full"), "default")
-    feature_layers = tuple(layers) if isinstance(layers, list) else (int(layers),)
-    return hub.vision_encoder(checkpoint, feature_layers, select or own, "clip_vision_model")
+    return hub.vision_encoder(checkpoint, layers, select or own, "clip_vision_model")
 
 
 def mlp_of(f: Fields, width: int, hidden_size: int) -> MlpConfig:

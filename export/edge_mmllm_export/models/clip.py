@@ -11,7 +11,13 @@ from typing import Literal, TypeVar
 
 from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
-from edge_mmllm_export.models.vit import Block, activation_of, check_heads, kept_layers
+from edge_mmllm_export.models.vit import (
+    Block,
+    activation_of,
+    check_heads,
+    kept_layers,
+    picture_sizes,
+)
 from edge_mmllm_export.ops.base import Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -61,9 +67,10 @@ class Clip:
         """Read a published `vision_config`. Raises: CheckpointError, UnsupportedArchitecture."""
         hidden, heads = f.size("hidden_size", 768), f.size("num_attention_heads", 12)
         check_heads(f, hidden, heads)
+        picture, patch = picture_sizes(f, 224, 32)
         config = ClipConfig(
-            image_size=f.size("image_size", 224),
-            patch_size=f.size("patch_size", 32),
+            image_size=picture,
+            patch_size=patch,
             channels=f.size("num_channels", 3),
             layers=f.size("num_hidden_layers", 12, limit=MAX_LAYERS),
             block=Block(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from edge_mmllm.errors import CheckpointError
@@ -9,6 +10,7 @@ from edge_mmllm.errors import CheckpointError
 #: No published model comes near these; beyond them a config is damaged or hostile.
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1024
+MAX_NUMBER = 1e18
 
 
 class Fields:
@@ -44,12 +46,33 @@ class Fields:
             raise self._fail(key, f"a whole number from {least} to {limit}", value)
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number. Raises: CheckpointError."""
+    def numbers(
+        self, key: str, default: Sequence[int], *, least: int, most: int
+    ) -> tuple[int, ...]:
+        """Whole numbers from `least` to `most`, at least one; a bare one counts as a list of it.
+        Raises: CheckpointError."""
+        value = self.get(key, list(default))
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(type(n) is int and least <= n <= most for n in values):
+            raise self._fail(key, f"whole numbers from {least} to {most}", value)
+        return tuple(values)
+
+    def number(self, key: str, default: float | None = None, *, positive: bool = False) -> float:
+        """A finite number, above 0 where `positive`. Raises: CheckpointError."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._fail(key, "a number", value)
+        if not abs(value) <= MAX_NUMBER or (positive and value <= 0):  # NaN is no number either
+            wanted = "a number above 0" if positive else "a finite number"
+            raise self._fail(key, f"{wanted}, at most {MAX_NUMBER:g}", value)
         return float(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string. Raises: CheckpointError."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self._fail(key, "a string", value)
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false. Raises: CheckpointError."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
-from edge_mmllm_export.models.vit import Block, activation_of, check_heads, flat
+from edge_mmllm_export.models.vit import Block, activation_of, check_heads, flat, picture_sizes
 from edge_mmllm_export.ops.base import Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -57,7 +57,7 @@ class Eva:
             biases="qkv" if f.flag("qkv_bias", True) else "",
         )
         layers = f.size("num_hidden_layers", 39, limit=MAX_LAYERS)
-        return cls(EvaConfig(f.size("image_size", 224), f.size("patch_size", 14), layers, block))
+        return cls(EvaConfig(*picture_sizes(f, 224, 14), layers, block))
 
     def parameters(self) -> list[Parameter]:
         c, h = self.config, self.config.block.hidden_size

@@ -132,9 +132,9 @@ class Llama:
     def sources(self, layout: Layout) -> dict[str, Source]:
         """Our names to the hub's or GGUF's (whose q and k rows are permuted for llama)."""
         gguf = layout == "gguf"
-        names = _GGUF_NAMES if gguf else _HUB_NAMES
+        names = GGUF_NAMES if gguf else _HUB_NAMES
         if self.config.post_norm:
-            names = {**names, **(_GGUF_POST_NORM if gguf else _HUB_POST_NORM)}
+            names = {**names, **(GGUF_POST_NORM if gguf else _HUB_POST_NORM)}
         out = {}
         for p in self.parameters():
             stem, bias = p.name.removesuffix("_bias"), p.name.endswith("_bias")
@@ -251,7 +251,7 @@ _HUB_POST_NORM = {
     "norm_attn": "model.layers.{i}.post_attention_layernorm",
     "norm_mlp": "model.layers.{i}.post_feedforward_layernorm",
 }
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "embed": "token_embd",
     "norm": "output_norm",
     "head": "output",
@@ -267,7 +267,7 @@ _GGUF_NAMES = {
     "mlp.up": "blk.{i}.ffn_up",
     "mlp.down": "blk.{i}.ffn_down",
 }
-_GGUF_POST_NORM = {
+GGUF_POST_NORM = {
     "norm_attn": "blk.{i}.post_attention_norm",
     "norm_mlp": "blk.{i}.post_ffw_norm",
 }
@@ -293,10 +293,13 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
     hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
     head_dim = f.size("head_dim", max(1, hidden // heads))
     scaling = {**f.table("rope_scaling"), **f.table("rope_parameters")}
-    theta = scaling.get("rope_theta", f.number("rope_theta", 10000.0))
+    theta = f.number("rope_theta", 10000.0, positive=True)
+    theta = Fields(scaling, f"{f.where}, rope_parameters").number(
+        "rope_theta", theta, positive=True
+    )
     qwen = model_type.startswith("qwen")
     bias = f.flag("attention_bias", model_type == "qwen2")
-    act = f.get("hidden_act", "silu")
+    act = f.text("hidden_act", "silu")
     if act not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
             f"activation {act!r} has no definition here",
@@ -316,7 +319,7 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
         head_dim=head_dim,
         norm_eps=f.number("rms_norm_eps", 1e-5 if model_type == "olmo2" else 1e-6),
         context_length=_context(f.size("max_position_embeddings", 2048), context),
-        inv_freq=scaled_frequencies(float(theta), head_dim, scaling, where),
+        inv_freq=scaled_frequencies(theta, head_dim, scaling, where),
         tied=f.flag("tie_word_embeddings", False),
         windows=_windows(f, model_type, layers),
         activation=_ACTIVATIONS[act],
@@ -334,7 +337,9 @@ def _windows(f: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     # Absent is not null: transformers' MistralConfig slides over 4096 tokens unless told not to.
     absent = 4096 if model_type == "mistral" else None
     window = f.get("sliding_window") if "sliding_window" in f.config else absent
-    if window is None or (model_type.startswith("qwen") and not f.get("use_sliding_window")):
+    if window is None or (
+        model_type.startswith("qwen") and not f.flag("use_sliding_window", False)
+    ):
         return (None,) * layers
     if model_type not in ("mistral", "qwen2", "qwen3"):
         return (None,) * layers
@@ -342,7 +347,7 @@ def _windows(f: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     kinds = f.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers and model_type != "mistral":
         return tuple(window if k == "sliding_attention" else None for k in kinds)
-    first = f.get("max_window_layers", 28) if model_type != "mistral" else 0
+    first = f.size("max_window_layers", 28, least=0) if model_type != "mistral" else 0
     return tuple(window if i >= first else None for i in range(layers))
 
 
@@ -355,9 +360,9 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
     head_dim = f.size("attention.key_length", max(1, hidden // heads))
     if f.size("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedArchitecture("rope over a part of each head", where=where)
-    inv_freq = inverse_frequencies(f.number("rope.freq_base", 10000.0), head_dim)
+    inv_freq = inverse_frequencies(f.number("rope.freq_base", 10000.0, positive=True), head_dim)
     if f.get("rope.scaling.type", "none") == "linear":
-        inv_freq = inv_freq / np.float32(f.number("rope.scaling.factor"))
+        inv_freq = inv_freq / np.float32(f.number("rope.scaling.factor", positive=True))
     elif f.get("rope.scaling.type", "none") != "none":
         raise UnsupportedArchitecture(
             f"rope scaling {f.get('rope.scaling.type')!r} has no definition here", where=where
@@ -367,7 +372,7 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
     embed = tensors.get("token_embd.weight")
     if embed is None:
         raise CheckpointError("the GGUF file has no token_embd.weight", where=where)
-    window = f.get("attention.sliding_window")
+    window = f.size("attention.sliding_window", 0, least=0)
     return LlamaConfig(
         model_type=model_type,
         vocab_size=embed.shape[0],
@@ -381,7 +386,7 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
         context_length=_context(f.size("context_length", 2048), context),
         inv_freq=inv_freq.astype(np.float32),
         tied="output.weight" not in tensors,
-        windows=(int(window) if window else None,) * layers,
+        windows=(window or None,) * layers,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,

@@ -67,19 +67,19 @@ class Mllama:
         """Read a published `text_config`. Raises: CheckpointError."""
         f = Fields(checkpoint.config, f"{checkpoint.source}, text_config")
         layers = f.size("num_hidden_layers", 40, limit=MAX_LAYERS)
-        looking = f.get("cross_attention_layers", list(range(3, layers, 5)))
-        if not isinstance(looking, list) or not set(looking) < set(range(layers)):
+        looking = f.numbers("cross_attention_layers", range(3, layers, 5), least=0, most=layers - 1)
+        if len(set(looking)) == layers:
             raise CheckpointError(
                 "the config's 'cross_attention_layers' cannot be used",
                 where=f.where,
                 expected=f"some, not all, of the numbers from 0 to {layers - 1}",
                 found=str(looking)[:80],
             )
-        looking = sorted(set(looking))
+        looking = tuple(sorted(set(looking)))
         config = _DEFAULTS | checkpoint.config
         config |= {"model_type": "llama", "num_hidden_layers": layers - len(looking)}
         view = CheckpointView(checkpoint, config, Renames((("", ""),)))
-        return cls(Llama.from_checkpoint(view, context), tuple(looking))
+        return cls(Llama.from_checkpoint(view, context), looking)
 
     def parameters(self) -> list[Parameter]:
         t = self.text.config

@@ -17,11 +17,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from edge_mmllm.errors import CheckpointError
 from edge_mmllm_export.checkpoints.base import Layout
 from edge_mmllm_export.families.composite import Port
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
-from edge_mmllm_export.models.vit import activation_of, check_heads
+from edge_mmllm_export.models.vit import activation_of, check_heads, picture_sizes
 from edge_mmllm_export.ops.base import Activation, Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -78,19 +77,15 @@ class MllamaVision:
         """Read a published `vision_config`. Raises: CheckpointError, UnsupportedArchitecture."""
         hidden, heads = f.size("hidden_size", 1280), f.size("attention_heads", 16)
         check_heads(f, hidden, heads)
+        picture, patch = picture_sizes(f, 448, 14)
         layers = f.size("num_hidden_layers", 32, limit=MAX_LAYERS)
-        features = f.get("intermediate_layers_indices", [3, 7, 15, 23, 30])
-        if not isinstance(features, list) or not all(i in range(layers) for i in features):
-            raise CheckpointError(
-                "the encoder has no such layers",
-                where=f"{f.where}, intermediate_layers_indices",
-                expected=f"a list of numbers from 0 to {layers - 1}",
-                found=str(features)[:80],
-            )
+        features = f.numbers(
+            "intermediate_layers_indices", (3, 7, 15, 23, 30), least=0, most=layers - 1
+        )
         ratios = f.get("supported_aspect_ratios")
         config = MllamaVisionConfig(
-            image_size=f.size("image_size", 448),
-            patch_size=f.size("patch_size", 14),
+            image_size=picture,
+            patch_size=patch,
             channels=f.size("num_channels", 3),
             tiles=f.size("max_num_tiles", 4),
             ratios=len(ratios) if isinstance(ratios, list) else 8,
@@ -99,7 +94,7 @@ class MllamaVision:
             heads=heads,
             layers=layers,
             global_layers=f.size("num_global_layers", 8, limit=MAX_LAYERS),
-            features=tuple(features),
+            features=features,
             norm_eps=f.number("norm_eps", 1e-5),
             activation=activation_of(f, "hidden_act", "gelu"),
         )

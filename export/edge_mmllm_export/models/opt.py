@@ -84,7 +84,7 @@ class Opt:
                 where=where,
                 found=f"{heads} heads, hidden size {hidden}",
             )
-        activation = f.get("activation_function", "relu")
+        activation = f.text("activation_function", "relu")
         if activation not in _ACTIVATIONS:
             raise UnsupportedArchitecture(
                 f"activation {activation!r} has no definition here",

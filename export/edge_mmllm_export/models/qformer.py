@@ -79,7 +79,7 @@ class QFormerConfig:
                 where=where,
                 found=f"{heads} heads, hidden size {hidden}",
             )
-        activation = f.get("hidden_act", "gelu")
+        activation = f.text("hidden_act", "gelu")
         kind = f.get("position_embedding_type", "absolute")
         if activation not in _ACTIVATIONS or kind != "absolute":
             raise UnsupportedArchitecture(

@@ -17,6 +17,7 @@ from edge_mmllm.errors import CheckpointError
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint
 from edge_mmllm_export.checkpoints.view import CheckpointView, Renames
+from edge_mmllm_export.models.config import Fields
 from edge_mmllm_export.models.llama import Llama, LlamaConfig
 from edge_mmllm_export.ops.base import Ops, Rope
 
@@ -54,7 +55,8 @@ class Qwen2Vl(Llama):
         cls, checkpoint: Checkpoint, config: dict[str, Any], renames: Renames, context: int | None
     ) -> Qwen2Vl:
         """The model of a `text_config`, or of a flat config. Raises: CheckpointError."""
-        scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        f = Fields(config, f"{checkpoint.source}, config.json")
+        scaling = {**f.table("rope_scaling"), **f.table("rope_parameters")}
         sections = scaling.pop("mrope_section", _SECTIONS)
         if scaling.get("rope_type", scaling.get("type")) == "mrope":
             scaling |= {"rope_type": "default"}

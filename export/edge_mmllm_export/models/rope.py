@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm_export.models.config import Fields
 
 Float32 = NDArray[np.float32]
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def inverse_frequencies(theta: float, dim: int) -> Float32:
@@ -25,6 +26,7 @@ def scaled_frequencies(theta: float, dim: int, scaling: dict[str, Any], where: s
 
     Raises:
         UnsupportedArchitecture: a scaling with no definition here.
+        CheckpointError: numbers that give none.
     Source: `modeling_rope_utils` of transformers 5.23 for `linear` and `llama3`.
     """
     inv_freq = inverse_frequencies(theta, dim)
@@ -35,7 +37,7 @@ def scaled_frequencies(theta: float, dim: int, scaling: dict[str, Any], where: s
     if kind == "default":
         return inv_freq
     if kind == "linear":
-        return inv_freq / np.float32(fields.number("factor"))
+        return inv_freq / np.float32(fields.number("factor", positive=True))
     if kind == "llama3":
         return _llama3(inv_freq, fields)
     raise UnsupportedArchitecture(
@@ -48,9 +50,17 @@ def scaled_frequencies(theta: float, dim: int, scaling: dict[str, Any], where: s
 
 def _llama3(inv_freq: Float32, fields: Fields) -> Float32:
     """Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1)."""
-    factor = fields.number("factor")
-    low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-    original = fields.number("original_max_position_embeddings")
+    factor, low, high, original = (
+        fields.number(key, positive=True)
+        for key in ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
+    )
+    if low >= high:
+        raise CheckpointError(
+            "the rope scaling has no range between its frequencies",
+            where=fields.where,
+            expected="low_freq_factor below high_freq_factor",
+            found=f"{low:g} and {high:g}",
+        )
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     ramp = (1 - smooth) * inv_freq / factor + smooth * inv_freq

@@ -88,7 +88,7 @@ class T5:
                 fix="export from the original release",
             )
         f = Fields(checkpoint.config, where)
-        kind = f.get("feed_forward_proj", "relu")
+        kind = f.text("feed_forward_proj", "relu")
         if kind not in _ACTIVATIONS:
             raise UnsupportedArchitecture(
                 f"a feed-forward {kind!r} has no definition here",

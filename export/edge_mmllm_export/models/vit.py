@@ -18,6 +18,9 @@ from edge_mmllm_export.weights import Parameter, Source, Weight
 
 T = TypeVar("T")
 
+#: Pixels of a picture's side; published encoders stay below 1024.
+MAX_PICTURE = 1 << 13
+
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -142,7 +145,7 @@ class Block:
 
 def activation_of(f: Fields, key: str, default: str) -> Activation:
     """The activation that a config names. Raises: UnsupportedArchitecture."""
-    name = f.get(key, default)
+    name = f.text(key, default)
     if name not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
             f"activation {name!r} has no definition here",
@@ -150,6 +153,19 @@ def activation_of(f: Fields, key: str, default: str) -> Activation:
             expected=" | ".join(_ACTIVATIONS),
         )
     return _ACTIVATIONS[name]
+
+
+def picture_sizes(f: Fields, picture: int, patch: int) -> tuple[int, int]:
+    """Pixels of a picture's side and of a patch's, with their defaults. Raises: CheckpointError."""
+    found = f.size("image_size", picture, limit=MAX_PICTURE), f.size("patch_size", patch)
+    if found[1] > found[0]:
+        raise CheckpointError(
+            "the encoder's patches are larger than its picture",
+            where=f.where,
+            expected=f"patch_size up to image_size {found[0]}",
+            found=str(found[1]),
+        )
+    return found
 
 
 def check_heads(f: Fields, hidden_size: int, heads: int) -> None:
