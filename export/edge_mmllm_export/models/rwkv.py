@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 _BLOCKS = ("att", "ffn")
 
+#: BlinkDL's and transformers' names of the matrices.
+LONG = {"r": "receptance", "k": "key", "v": "value", "g": "gate", "o": "output"}
+
 #: BlinkDL divides a head's output by 8 before a group norm with epsilon 1e-5, which is the same
 #: as an epsilon of 64e-5. Source: RWKV-LM, `head_size_divisor`.
 GROUP_NORM_EPS = 64e-5
@@ -157,11 +160,26 @@ def shift_share(name: str) -> Source:
     return Source(name, whole=lambda x: np.asarray(1 - np.ravel(x), np.float32))
 
 
-def shift_states(i: int, hidden: int) -> tuple[StateSpec, StateSpec]:
-    """The last input of a layer's time mixing and of its channel mixing."""
-    shape = (1, 1, hidden)
-    att, ffn = (StateSpec(f"layers.{i}.{m}.shift", shape, "float32", "shift") for m in _BLOCKS)
-    return att, ffn
+def states(layers: int, hidden: int, wkv: tuple[int, ...]) -> tuple[StateSpec, ...]:
+    """For each layer the last input of its time mixing, the wkv state of shape `wkv`, and the
+    last input of its channel mixing."""
+    out = list[StateSpec]()
+    for i in range(layers):
+        att, ffn = (
+            StateSpec(f"layers.{i}.{m}.shift", (1, 1, hidden), "float32", "shift") for m in _BLOCKS
+        )
+        out += [att, StateSpec(f"layers.{i}.att.wkv", wkv, "float32", "recurrent"), ffn]
+    return tuple(out)
+
+
+def channel_mix_parameters(p: str, width: int, dim_ffn: int) -> list[Parameter]:
+    """What `channel_mix` reads."""
+    return [
+        *(Parameter(f"{p}.x_{m}", (width,), "vector") for m in "kr"),
+        Parameter(f"{p}.k", (dim_ffn, width)),
+        Parameter(f"{p}.r", (width, width)),
+        Parameter(f"{p}.v", (width, dim_ffn)),
+    ]
 
 
 def channel_mix(op: Ops[T], w: Mapping[str, Weight], p: str, h: T, state: StateSpec) -> T:
@@ -178,6 +196,22 @@ def norm_parameters(name: str, width: int) -> list[Parameter]:
 
 def norm_sources(ours: str, theirs: str) -> dict[str, Source]:
     return {f"{ours}.{part}": Source(f"{theirs}.{part}") for part in ("weight", "bias")}
+
+
+def matrix_sources(ours: str, theirs: str, matrices: str) -> dict[str, Source]:
+    """Matrices of one block, by their letters in `LONG`."""
+    return {f"{ours}.{m}": Source(f"{theirs}.{LONG[m]}.weight") for m in matrices}
+
+
+def blinkdl_sources(ours: str, theirs: str) -> dict[str, Source]:
+    """The matrices and norms of a layer of RWKV-5 and 6, as BlinkDL names them."""
+    return {
+        **matrix_sources(f"{ours}.att", f"{theirs}.att", "rkvgo"),
+        **matrix_sources(f"{ours}.ffn", f"{theirs}.ffn", "krv"),
+        **norm_sources(f"{ours}.ln1", f"{theirs}.ln1"),
+        **norm_sources(f"{ours}.ln2", f"{theirs}.ln2"),
+        **norm_sources(f"{ours}.att.ln_x", f"{theirs}.att.ln_x"),
+    }
 
 
 def frame_parameters(vocab_size: int, hidden: int) -> tuple[list[Parameter], list[Parameter]]:
@@ -197,9 +231,18 @@ def frame_sources(layout: str) -> dict[str, Source]:
     }
 
 
-def ln_pair(w: Mapping[str, Weight], name: str) -> tuple[Weight, Weight]:
-    """Weight and bias of a layer norm."""
-    return w[f"{name}.weight"], w[f"{name}.bias"]
+def norm(op: Ops[T], w: Mapping[str, Weight], name: str, x: T, eps: float, groups: int = 1) -> T:
+    """Layer norm of x `(seq, width)`, or of each of `groups` parts of its width."""
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    return op.norm(x, weight, eps=eps, groups=groups, bias=bias)
+
+
+def add_norm(
+    op: Ops[T], w: Mapping[str, Weight], name: str, x: T, delta: T | None, eps: float
+) -> tuple[T, T]:
+    """Residual stream x `(seq, hidden)` with the last block's output added, and its layer norm."""
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    return op.add_norm(x, delta, weight, eps=eps, bias=bias)
 
 
 def embed(op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
@@ -209,13 +252,14 @@ def embed(op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
 
 def enter(op: Ops[T], w: Mapping[str, Weight], x: T, eps: float) -> T:
     """The norm before the first layer."""
-    weight, bias = ln_pair(w, "ln0")
-    return op.norm(x, weight, eps=eps, bias=bias)
+    return norm(op, w, "ln0", x, eps)
 
 
-def leave(op: Ops[T], w: Mapping[str, Weight], x: T, delta: T, eps: float, head: str = "head") -> T:
+def leave(
+    op: Ops[T], w: Mapping[str, Weight], x: T, delta: T | None, eps: float, head: str = "head"
+) -> T:
     """Residual stream `(seq, hidden)` and the last layer's output -> logits of the rows asked."""
-    weight, bias = ln_pair(w, "ln_out")
-    x, delta = op.logit_rows(x), op.logit_rows(delta)
-    _, x = op.add_norm(x, delta, weight, eps=eps, bias=bias)
+    x = op.logit_rows(x)
+    delta = op.logit_rows(delta) if delta is not None else None
+    _, x = add_norm(op, w, "ln_out", x, delta, eps)
     return op.linear(x, w[head])[0]

@@ -20,8 +20,8 @@ from edge_mmllm_export.weights import Parameter, Source, Weight
 
 T = TypeVar("T")
 
-#: Names of matrices and mixes in each layout.
-_LONG = {"r": "receptance", "k": "key", "v": "value", "o": "output"}
+#: The blocks' names in each layout.
+_BLOCKS = {"blinkdl": ("att", "ffn"), "hf": ("attention", "feed_forward")}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Rwkv4:
         Raises: CheckpointError, UnsupportedArchitecture.
         """
         t = rwkv.Tensors(checkpoint, ("blinkdl", "hf"))
-        att, ffn = ("attention", "feed_forward") if t.layout == "hf" else ("att", "ffn")
+        att, ffn = _BLOCKS[t.layout]
         vocab, hidden = t.shape(f"{t.frame[0]}.weight", 2)
         tied = t.layout == "hf" and t.fields.flag("tie_word_embeddings", False)
         return cls(
@@ -85,10 +85,7 @@ class Rwkv4:
             out += [Parameter(f"{p}.att.{m}", (c.dim_att, width)) for m in "rkv"]
             out.append(Parameter(f"{p}.att.o", (width, c.dim_att)))
             out += [*rwkv.norm_parameters(f"{p}.ln2", width)]
-            out += [Parameter(f"{p}.ffn.x_{m}", (width,), "vector") for m in "kr"]
-            out.append(Parameter(f"{p}.ffn.k", (c.dim_ffn, width)))
-            out.append(Parameter(f"{p}.ffn.r", (width, width)))
-            out.append(Parameter(f"{p}.ffn.v", (width, c.dim_ffn)))
+            out += rwkv.channel_mix_parameters(f"{p}.ffn", width, c.dim_ffn)
         return out + (last[:-1] if c.tied else last)
 
     def sources(self, layout: Layout) -> dict[str, Source]:
@@ -98,10 +95,10 @@ class Rwkv4:
         out = rwkv.frame_sources(c.layout)
         for i in range(c.layers):
             p, b = f"layers.{i}", f"rwkv.blocks.{i}" if hf else f"blocks.{i}"
-            att, ffn = (f"{b}.attention", f"{b}.feed_forward") if hf else (f"{b}.att", f"{b}.ffn")
-            mix = _LONG if hf else {m: m for m in _LONG}
-            out |= {f"{p}.att.{m}": Source(f"{att}.{n}.weight") for m, n in _LONG.items()}
-            out |= {f"{p}.ffn.{m}": Source(f"{ffn}.{_LONG[m]}.weight") for m in "krv"}
+            att, ffn = (f"{b}.{block}" for block in _BLOCKS[c.layout])
+            mix = rwkv.LONG if hf else {m: m for m in "rkv"}
+            out |= rwkv.matrix_sources(f"{p}.att", att, "rkvo")
+            out |= rwkv.matrix_sources(f"{p}.ffn", ffn, "krv")
             out |= {f"{p}.att.x_{m}": rwkv.shift_share(f"{att}.time_mix_{mix[m]}") for m in "rkv"}
             out |= {f"{p}.ffn.x_{m}": rwkv.shift_share(f"{ffn}.time_mix_{mix[m]}") for m in "kr"}
             out |= {
@@ -116,12 +113,8 @@ class Rwkv4:
         return ("head.weight",) if self.config.tied else ()
 
     def states(self) -> tuple[StateSpec, ...]:
-        c, out = self.config, list[StateSpec]()
-        for i in range(c.layers):
-            name = f"layers.{i}.att.wkv"
-            att, ffn = rwkv.shift_states(i, c.hidden_size)
-            out += [att, StateSpec(name, (1, 3, c.dim_att), "float32", "recurrent"), ffn]
-        return tuple(out)
+        c = self.config
+        return rwkv.states(c.layers, c.hidden_size, (1, 3, c.dim_att))
 
     def embed(self, op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
         return rwkv.embed(op, w, ids)
@@ -132,17 +125,13 @@ class Rwkv4:
         delta: T | None = None
         for i in range(c.layers):
             p, (att_shift, wkv, ffn_shift) = f"layers.{i}", states[3 * i : 3 * i + 3]
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln1")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
-            shifted = op.token_shift(h, att_shift)
-            mixes = op.mix(h, shifted, *(w[f"{p}.att.x_{m}"] for m in "rkv"))
+            x, h = rwkv.add_norm(op, w, f"{p}.ln1", x, delta, c.norm_eps)
+            mixes = op.mix(h, op.token_shift(h, att_shift), *(w[f"{p}.att.x_{m}"] for m in "rkv"))
             (r,), (k,), (v,) = (
                 op.linear(m, w[f"{p}.att.{n}"]) for n, m in zip("rkv", mixes, strict=True)
             )
             y = op.wkv4(k, v, w[f"{p}.att.w"], w[f"{p}.att.u"], wkv)
             (delta,) = op.linear(op.mul(op.activation(r, "sigmoid"), y), w[f"{p}.att.o"])
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln2")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
+            x, h = rwkv.add_norm(op, w, f"{p}.ln2", x, delta, c.norm_eps)
             delta = rwkv.channel_mix(op, w, f"{p}.ffn", h, ffn_shift)
-        assert delta is not None  # noqa: S101 - there is a layer
         return rwkv.leave(op, w, x, delta, c.norm_eps, head="embed" if c.tied else "head")

@@ -112,10 +112,7 @@ class Rwkv6:
             out += [Parameter(f"{p}.att.{m}", (width, width)) for m in "rkvgo"]
             out += [*rwkv.norm_parameters(f"{p}.att.ln_x", width)]
             out += [*rwkv.norm_parameters(f"{p}.ln2", width)]
-            out += [Parameter(f"{p}.ffn.x_{m}", (width,), "vector") for m in "kr"]
-            out.append(Parameter(f"{p}.ffn.k", (c.dim_ffn, width)))
-            out.append(Parameter(f"{p}.ffn.r", (width, width)))
-            out.append(Parameter(f"{p}.ffn.v", (width, c.dim_ffn)))
+            out += rwkv.channel_mix_parameters(f"{p}.ffn", width, c.dim_ffn)
         return out + last
 
     def sources(self, layout: Layout) -> dict[str, Source]:
@@ -129,9 +126,7 @@ class Rwkv6:
         """`blocks.N.att.*`: adapters are stored `(in, out)`, the mixes' stacked `(5, in, out)`."""
         c, p, b = self.config, f"layers.{i}", f"blocks.{i}"
         width, rank = c.hidden_size, c.mix_rank
-        long = {"r": "receptance", "k": "key", "v": "value", "g": "gate", "o": "output"}
-        out = {f"{p}.att.{m}": Source(f"{b}.att.{n}.weight") for m, n in long.items()}
-        out |= {f"{p}.ffn.{m}": Source(f"{b}.ffn.{long[m]}.weight") for m in "krv"}
+        out = rwkv.blinkdl_sources(p, b)
         out |= {f"{p}.ffn.x_{m}": rwkv.flat(f"{b}.ffn.time_maa_{m}") for m in "kr"}
         down = (5 * rank, width)
         out |= {
@@ -141,9 +136,6 @@ class Rwkv6:
             f"{p}.att.w.up": rwkv.transposed(f"{b}.att.time_decay_w2", (width, c.decay_rank)),
             f"{p}.att.w.bias": rwkv.flat(f"{b}.att.time_decay"),
             f"{p}.att.u": Source(f"{b}.att.time_faaaa"),
-            **rwkv.norm_sources(f"{p}.ln1", f"{b}.ln1"),
-            **rwkv.norm_sources(f"{p}.ln2", f"{b}.ln2"),
-            **rwkv.norm_sources(f"{p}.att.ln_x", f"{b}.att.ln_x"),
         }
         for j, m in enumerate(self._mixes):
 
@@ -192,13 +184,8 @@ class Rwkv6:
         return ()
 
     def states(self) -> tuple[StateSpec, ...]:
-        c, out = self.config, list[StateSpec]()
-        shape = (1, c.heads, c.head_size, c.head_size)
-        for i in range(c.layers):
-            wkv = StateSpec(f"layers.{i}.att.wkv", shape, "float32", "recurrent")
-            att, ffn = rwkv.shift_states(i, c.hidden_size)
-            out += [att, wkv, ffn]
-        return tuple(out)
+        c = self.config
+        return rwkv.states(c.layers, c.hidden_size, (1, c.heads, c.head_size, c.head_size))
 
     def embed(self, op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
         return rwkv.embed(op, w, ids)
@@ -209,13 +196,10 @@ class Rwkv6:
         delta: T | None = None
         for i in range(c.layers):
             p, (att_shift, wkv, ffn_shift) = f"layers.{i}", states[3 * i : 3 * i + 3]
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln1")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
+            x, h = rwkv.add_norm(op, w, f"{p}.ln1", x, delta, c.norm_eps)
             delta = self._time_mix(op, w, f"{p}.att", h, att_shift, wkv)
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln2")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
+            x, h = rwkv.add_norm(op, w, f"{p}.ln2", x, delta, c.norm_eps)
             delta = rwkv.channel_mix(op, w, f"{p}.ffn", h, ffn_shift)
-        assert delta is not None  # noqa: S101 - there is a layer
         return rwkv.leave(op, w, x, delta, c.norm_eps)
 
     def _time_mix(
@@ -243,6 +227,5 @@ class Rwkv6:
         low = op.activation(op.linear(x["w"], w[f"{p}.w.down"])[0], "tanh")
         (decay,) = op.linear(low, w[f"{p}.w.up"], bias=(w[f"{p}.w.bias"],))
         y = op.wkv6(r, k, v, op.activation(decay, "minus_exp"), w[f"{p}.u"], state)
-        weight, bias = rwkv.ln_pair(w, f"{p}.ln_x")
-        y = op.norm(y, weight, eps=c.group_norm_eps, groups=c.heads, bias=bias)
+        y = rwkv.norm(op, w, f"{p}.ln_x", y, c.group_norm_eps, groups=c.heads)
         return op.linear(op.glu(g, y, "silu"), w[f"{p}.o"])[0]

@@ -136,17 +136,12 @@ class Rwkv7:
         """`blocks.N.att.*`: adapters are stored `(in, out)`, vectors `(1, 1, C)`."""
         c, p, b = self.config, f"layers.{i}", f"blocks.{i}"
         out = {
-            f"{p}.att.r": Source(f"{b}.att.receptance.weight"),
-            f"{p}.att.k": Source(f"{b}.att.key.weight"),
-            f"{p}.att.v": Source(f"{b}.att.value.weight"),
-            f"{p}.att.o": Source(f"{b}.att.output.weight"),
+            **rwkv.matrix_sources(f"{p}.att", f"{b}.att", "rkvo"),
+            **rwkv.matrix_sources(f"{p}.ffn", f"{b}.ffn", "kv"),
             f"{p}.att.r_k": Source(f"{b}.att.r_k"),
             f"{p}.ffn.x_k": rwkv.flat(f"{b}.ffn.x_k"),
-            f"{p}.ffn.k": Source(f"{b}.ffn.key.weight"),
-            f"{p}.ffn.v": Source(f"{b}.ffn.value.weight"),
-            **rwkv.norm_sources(f"{p}.att.ln_x", f"{b}.att.ln_x"),
         }
-        for n in ("ln1", "ln2"):
+        for n in ("ln1", "ln2", "att.ln_x"):
             out |= rwkv.norm_sources(f"{p}.{n}", f"{b}.{n}")
         for n in (*(f"x_{m}" for m in _MIXES), "k_k", "k_a"):
             out[f"{p}.att.{n}"] = rwkv.flat(f"{b}.att.{n}")
@@ -193,13 +188,8 @@ class Rwkv7:
         return tuple(f"blocks.0.att.v{n}" for n in "012")
 
     def states(self) -> tuple[StateSpec, ...]:
-        c, out = self.config, list[StateSpec]()
-        shape = (1, c.heads, c.head_size, c.head_size)
-        for i in range(c.layers):
-            wkv = StateSpec(f"layers.{i}.att.wkv", shape, "float32", "recurrent")
-            att, ffn = rwkv.shift_states(i, c.hidden_size)
-            out += [att, wkv, ffn]
-        return tuple(out)
+        c = self.config
+        return rwkv.states(c.layers, c.hidden_size, (1, c.heads, c.head_size, c.head_size))
 
     def embed(self, op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
         return rwkv.embed(op, w, ids)
@@ -212,16 +202,13 @@ class Rwkv7:
         first: T | None = None  # the first layer's values
         for i in range(c.layers):
             p, (att_shift, wkv, ffn_shift) = f"layers.{i}", states[3 * i : 3 * i + 3]
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln1")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
+            x, h = rwkv.add_norm(op, w, f"{p}.ln1", x, delta, c.norm_eps)
             delta, values = self._time_mix(op, w, i, h, first, att_shift, wkv)
             first = values if first is None else first
-            weight, bias = rwkv.ln_pair(w, f"{p}.ln2")
-            x, h = op.add_norm(x, delta, weight, eps=c.norm_eps, bias=bias)
+            x, h = rwkv.add_norm(op, w, f"{p}.ln2", x, delta, c.norm_eps)
             (mixed,) = op.mix(h, op.token_shift(h, ffn_shift), w[f"{p}.ffn.x_k"])
             (k,) = op.linear(mixed, w[f"{p}.ffn.k"])
             (delta,) = op.linear(op.activation(k, "relu2"), w[f"{p}.ffn.v"])
-        assert delta is not None  # noqa: S101 - there is a layer
         return rwkv.leave(op, w, x, delta, c.norm_eps)
 
     def _time_mix(
@@ -255,7 +242,6 @@ class Rwkv7:
         gate, rate = (op.activation(adapter(x, m), "sigmoid") for m, x in (("w", xw), ("a", xa)))
         vectors = Wkv7Weights(w[f"{p}.k_k"], w[f"{p}.k_a"], w[f"{p}.r_k"])
         y, bonus = op.wkv7(Wkv7(r, gate, k, v, rate), vectors, state)
-        weight, bias = rwkv.ln_pair(w, f"{p}.ln_x")
-        y = op.norm(y, weight, eps=c.group_norm_eps, groups=c.heads, bias=bias)
+        y = rwkv.norm(op, w, f"{p}.ln_x", y, c.group_norm_eps, groups=c.heads)
         y = op.mul(op.add(y, bonus), adapter(xg, "g"))
         return op.linear(y, w[f"{p}.o"])[0], v
