@@ -24,6 +24,8 @@ class Weights:
         half, single: float16 and float32 matrices and vectors.
         lookup: an embedding of which only rows are read.
         table: a tied embedding, read by rows as well as multiplied with.
+        largest: the head or tied embedding, as float32 where it is float16: what stock kernels
+            hold once more while they load.
         others: of encoders and projectors, whole.
     """
 
@@ -34,6 +36,7 @@ class Weights:
     single: int = 0
     lookup: int = 0
     table: int = 0
+    largest: int = 0
     others: int = 0
 
     @property
@@ -140,13 +143,13 @@ def sort_weights(groups: Sequence[QuantGroup]) -> Weights:
         role = g.group.split()[-1]
         if len(g.group.split()) > 1 and g.group.split()[0] != "text":
             sizes["others"] += g.size_bytes
-        elif role == "embedding" and not tied:
-            sizes["lookup"] += g.size_bytes
-        elif role == "table":
+        elif (role == "embedding" and not tied) or role == "table":
             sizes["lookup"] += g.size_bytes
         else:
             if role == "embedding":
                 sizes["table"] += g.size_bytes
+            if role in ("embedding", "head"):
+                sizes["largest"] = g.size_bytes * (2 if g.bits == 16 else 1)
             _add(sizes, g)
     return Weights(**sizes)
 
