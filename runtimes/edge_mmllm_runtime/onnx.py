@@ -360,14 +360,28 @@ def _open(
         if trace is not None:  # written when the session goes: `<trace>/<stage>_<time>.json`
             options.enable_profiling, options.profile_file_prefix = True, str(trace / path.stem)
         if kernels is not None:
-            options.register_custom_ops_library(str(kernels))
+            _register(options, kernels)
         with huge_pages():
             return ort.InferenceSession(
                 path, sess_options=options, providers=["CPUExecutionProvider"]
             )
+    except KernelError:
+        raise
     except Exception as error:  # onnxruntime's errors share no base class but this
         raise CorruptBundle(
             "onnxruntime cannot load a graph of the bundle", where=str(path), found=str(error)
+        ) from error
+
+
+def _register(options: ort.SessionOptions, kernels: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(kernels))
+    except Exception as error:  # see `_open`
+        raise KernelError(
+            "onnxruntime cannot load the native kernels",
+            where=str(kernels),
+            found=str(error)[:300],
+            fix="edge-mmllm kernels --build makes them anew; EDGE_MMLLM_KERNELS=stock goes without",
         ) from error
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from edge_mmllm.errors import KernelError
+from edge_mmllm.errors import KernelError, UsageError
 
 __all__ = ["build", "compiler", "library", "library_place", "wanted"]
 
@@ -43,9 +44,17 @@ def wanted(asked: str) -> Path | None:
 
     Raises:
         KernelError: `native`, but no library is built for this machine.
+        UsageError: $EDGE_MMLLM_KERNELS says something else.
     """
     if asked == "auto":
         asked = os.environ.get("EDGE_MMLLM_KERNELS", "") or "auto"
+        if asked not in ("auto", "native", "stock"):
+            raise UsageError(
+                "unknown kernels",
+                where="the environment variable EDGE_MMLLM_KERNELS",
+                expected="auto | native | stock",
+                found=repr(asked)[:80],
+            )
     if asked == "stock":
         return None
     found = library()
@@ -60,12 +69,16 @@ def wanted(asked: str) -> Path | None:
 
 def library() -> Path | None:
     """The library built for this machine from these sources; None where there is none."""
-    place = library_place()
-    return place if place.is_file() else None
+    try:
+        place = library_place()
+    except (KernelError, OSError):
+        return None  # no home, or no sources: nothing was built
+    # Not Path.is_file, which raises where the user's cache may not be looked into.
+    return place if os.path.isfile(place) else None  # noqa: PTH113
 
 
 def library_place() -> Path:
-    """Where the library of this machine lies, or would."""
+    """Where the library of this machine lies, or would. Raises: KernelError."""
     return _cache() / f"kernels-{_key()}" / _name()
 
 
@@ -81,12 +94,14 @@ def build(
     """Compiles the library for this machine, about 20 s of one core.
 
     Args:
-        command: the C++ compiler (C++17: GCC 9, Clang 14 or later); None: see `compiler`.
+        command: the C++ compiler (C++17: GCC 9, Clang 14 or later), with arguments where it has
+            some; None: see `compiler`.
         place: the file to write; None: where `library` looks for it.
         machine: what the compiler's `-march` (on Arm `-mcpu`) is told.
 
     Raises:
-        KernelError: no compiler, or it failed; its messages are in the error.
+        KernelError: no compiler, or it failed (its messages are in the error); a cache that
+            cannot be written.
     """
     place, command = place or library_place(), command or compiler()
     if command is None:
@@ -95,34 +110,47 @@ def build(
             expected="$CXX, or one of " + ", ".join(_COMPILERS) + " on PATH",
             fix="install one, or go on without: stock onnxruntime runs every bundle",
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder) / _name()
-        arguments = [
-            command,
-            *_FLAGS,
-            _machine_flag(machine),
-            "-o",
-            str(made),
-            *map(str, _sources()),
-        ]
-        try:
-            result = subprocess.run(
-                arguments, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelError(
-                "the compiler did not run", where=command, found=str(error)
-            ) from error
-        if result.returncode != 0:
-            raise KernelError(
-                "the native kernels do not compile",
-                where=command,
-                found="\n".join(result.stderr.splitlines()[:20]),
-                fix="try another compiler with --compiler",
-            )
-        made.replace(place)  # whole or not at all
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            made = Path(folder) / _name()
+            _compile(command, [*_FLAGS, _machine_flag(machine), "-o", str(made)])
+            made.replace(place)  # whole or not at all
+    except OSError as error:
+        raise KernelError(
+            "the library cannot be written",
+            where=str(place),
+            found=str(error),
+            fix="name a folder that can be written in EDGE_MMLLM_CACHE",
+        ) from error
     return place
+
+
+def _compile(command: str, flags: list[str]) -> None:
+    """Runs the compiler over the sources; it writes the file that the flags end with.
+
+    Raises: KernelError.
+    """
+    try:
+        words = [command] if shutil.which(command) else shlex.split(command)
+        result = subprocess.run(
+            [*words, *flags, *map(str, _sources())],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise KernelError("the compiler did not run", where=command, found=str(error)) from error
+    if result.returncode != 0 or not os.path.isfile(flags[-1]):  # noqa: PTH113
+        said = "\n".join(result.stderr.splitlines()[:20])
+        raise KernelError(
+            "the native kernels do not compile",
+            where=command,
+            found=said or f"exit status {result.returncode}, and no message",
+            fix="try another compiler with --compiler",
+        )
 
 
 def _sources() -> list[Path]:
@@ -143,12 +171,19 @@ def _cache() -> Path:
     own = os.environ.get("EDGE_MMLLM_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-mmllm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-mmllm"
+    except RuntimeError as error:
+        raise KernelError(
+            "there is no home folder to keep the library in",
+            found=str(error),
+            fix="name a folder in EDGE_MMLLM_CACHE",
+        ) from error
 
 
 def _key() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_SOURCES.iterdir()):
+    for path in sorted(p for p in _SOURCES.iterdir() if p.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update("\0".join((*_FLAGS, platform.machine())).encode())
     with suppress(OSError):
