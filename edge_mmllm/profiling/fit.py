@@ -254,7 +254,7 @@ def _speed(
             return 1 / seconds, "calibrated on this machine"
         rate = calibration.read_bytes_per_s * float(memory_model()[kernels]["efficiency"])
         basis = "memory reads of this machine; these kernels were not calibrated"
-        cache_bytes = calibration.cache_bytes
+        cache_bytes = float(calibration.cache_bytes)
     elif device.bandwidth_bytes_per_s is not None:
         rate = device.bandwidth_bytes_per_s * device.read_fraction
         rate *= float(memory_model()[kernels]["efficiency"])
