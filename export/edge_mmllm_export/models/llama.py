@@ -17,6 +17,7 @@ from edge_mmllm.errors import CheckpointError, UnsupportedArchitecture
 from edge_mmllm.spec import CAPACITY, StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, Layout
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.head import logits
 from edge_mmllm_export.models.rope import inverse_frequencies, scaled_frequencies
 from edge_mmllm_export.ops.base import Activation, Attention, Ops, Rope
 from edge_mmllm_export.weights import Parameter, Source, Weight
@@ -171,10 +172,7 @@ class Llama:
         for i in range(c.layers):
             block = self._post_norm_layer if c.post_norm else self.layer
             x, delta = block(op, w, i, x, delta, rope)
-        x = op.logit_rows(x)
-        delta = op.logit_rows(delta) if delta is not None else None
-        _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
-        return op.linear(x, w["embed"] if c.tied else w["head"])[0]
+        return logits(op, w, x, delta, eps=c.norm_eps, tied=c.tied)
 
     def turns(self, op: Ops[T]) -> Rope | T:
         """What turns q and k: rotary embedding by position, or angles `(seq, head_dim / 2)`."""

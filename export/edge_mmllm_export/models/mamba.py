@@ -12,13 +12,13 @@ from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, Layout
 from edge_mmllm_export.models import state_spaces
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.head import logits
 from edge_mmllm_export.ops.base import Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -105,25 +105,12 @@ class Mamba:
         c = self.config
         ends = np.cumsum([0, c.dt_rank, c.d_state, c.d_state]).tolist()
         parts = dict(zip(("dt", "B", "C"), pairwise(ends), strict=True))
-        out = {
-            "embed": Source(c.embedding),
-            "norm": Source("backbone.norm_f.weight"),
-            "head": Source("lm_head.weight"),
-        }
+        out = state_spaces.frame_sources(c.embedding)
         for i in range(c.layers):
-            ours, theirs = f"layers.{i}", f"backbone.layers.{i}"
-            mixer = f"{theirs}.mixer"
-            out |= {
-                f"{ours}.norm": Source(f"{theirs}.norm.weight"),
-                f"{ours}.conv": Source(f"{mixer}.conv1d.weight"),
-                f"{ours}.conv_bias": Source(f"{mixer}.conv1d.bias"),
-                f"{ours}.dt": Source(f"{mixer}.dt_proj.weight"),
-                f"{ours}.dt_bias": Source(f"{mixer}.dt_proj.bias"),
-                f"{ours}.A": Source(f"{mixer}.A_log", apply=minus_exp),
-                f"{ours}.D": Source(f"{mixer}.D"),
-                f"{ours}.out": Source(f"{mixer}.out_proj.weight"),
-                f"{ours}.out_bias": Source(f"{mixer}.out_proj.bias"),
-            }
+            ours, mixer = f"layers.{i}", f"backbone.layers.{i}.mixer"
+            out |= state_spaces.layer_sources(i)
+            out[f"{ours}.dt"] = Source(f"{mixer}.dt_proj.weight")
+            out[f"{ours}.dt_bias"] = Source(f"{mixer}.dt_proj.bias")
             for n, start in (("x", 0), ("z", c.d_inner)):
                 rows = (start, start + c.d_inner)
                 out[f"{ours}.in.{n}"] = Source(f"{mixer}.in_proj.weight", rows=rows)
@@ -155,10 +142,7 @@ class Mamba:
         for i in range(c.layers):
             x, h = op.add_norm(x, delta, w[f"layers.{i}.norm"], eps=c.norm_eps)
             delta = self._mixer(op, w, i, h)
-        x = op.logit_rows(x)
-        delta = op.logit_rows(delta) if delta is not None else None
-        _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
-        return op.linear(x, w["embed"] if c.tied else w["head"])[0]
+        return logits(op, w, x, delta, eps=c.norm_eps, tied=c.tied)
 
     def _mixer(self, op: Ops[T], w: Mapping[str, Weight], i: int, h: T) -> T:
         """h `(seq, hidden)` -> `(seq, hidden)`."""
@@ -233,8 +217,3 @@ def _original(model: Fields, mixer: Fields) -> MambaConfig:
 def _dt_rank(f: Fields, key: str, hidden: int) -> int:
     """A number, or `auto`: a sixteenth of the width, rounded up. Raises: CheckpointError."""
     return -(-hidden // 16) if f.get(key, "auto") == "auto" else f.size(key)
-
-
-def minus_exp(a_log: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A, which is negative, from its logarithm."""
-    return np.asarray(-np.exp(a_log), np.float32)

@@ -18,7 +18,8 @@ from edge_mmllm.spec import StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, Layout
 from edge_mmllm_export.models import state_spaces
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
-from edge_mmllm_export.models.mamba import config_file, minus_exp
+from edge_mmllm_export.models.head import logits
+from edge_mmllm_export.models.mamba import config_file
 from edge_mmllm_export.ops.base import Ops
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
@@ -121,25 +122,12 @@ class Mamba2:
         c = self.config
         ends = np.cumsum([0, c.d_inner, c.d_conv, c.heads]).tolist()
         parts = dict(zip(("z", "xBC", "dt"), pairwise(ends), strict=True))
-        out = {
-            "embed": Source(c.embedding),
-            "norm": Source("backbone.norm_f.weight"),
-            "head": Source("lm_head.weight"),
-        }
+        out = state_spaces.frame_sources(c.embedding)
         for i in range(c.layers):
-            ours, theirs = f"layers.{i}", f"backbone.layers.{i}"
-            mixer = f"{theirs}.mixer"
-            out |= {
-                f"{ours}.norm": Source(f"{theirs}.norm.weight"),
-                f"{ours}.conv": Source(f"{mixer}.conv1d.weight"),
-                f"{ours}.conv_bias": Source(f"{mixer}.conv1d.bias"),
-                f"{ours}.dt_bias": Source(f"{mixer}.dt_bias"),
-                f"{ours}.A": Source(f"{mixer}.A_log", apply=minus_exp),
-                f"{ours}.D": Source(f"{mixer}.D"),
-                f"{ours}.norm_gated": Source(f"{mixer}.norm.weight"),
-                f"{ours}.out": Source(f"{mixer}.out_proj.weight"),
-                f"{ours}.out_bias": Source(f"{mixer}.out_proj.bias"),
-            }
+            ours, mixer = f"layers.{i}", f"backbone.layers.{i}.mixer"
+            out |= state_spaces.layer_sources(i)
+            out[f"{ours}.dt_bias"] = Source(f"{mixer}.dt_bias")
+            out[f"{ours}.norm_gated"] = Source(f"{mixer}.norm.weight")
             for n, rows in parts.items():
                 out[f"{ours}.in.{n}"] = Source(f"{mixer}.in_proj.weight", rows=rows)
                 out[f"{ours}.in.{n}_bias"] = Source(f"{mixer}.in_proj.bias", rows=rows)
@@ -168,10 +156,7 @@ class Mamba2:
         for i in range(c.layers):
             x, h = op.add_norm(x, delta, w[f"layers.{i}.norm"], eps=c.norm_eps)
             delta = self._mixer(op, w, i, h)
-        x = op.logit_rows(x)
-        delta = op.logit_rows(delta) if delta is not None else None
-        _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
-        return op.linear(x, w["embed"] if c.tied else w["head"])[0]
+        return logits(op, w, x, delta, eps=c.norm_eps, tied=c.tied)
 
     def _mixer(self, op: Ops[T], w: Mapping[str, Weight], i: int, h: T) -> T:
         """h `(seq, hidden)` -> `(seq, hidden)`."""

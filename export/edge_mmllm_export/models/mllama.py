@@ -12,24 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from edge_mmllm.errors import CheckpointError
-from edge_mmllm.spec import MEMORY, StateSpec
-from edge_mmllm_export.checkpoints.base import Checkpoint, Float32, Layout
+from edge_mmllm.spec import StateSpec
+from edge_mmllm_export.checkpoints.base import Checkpoint, Layout
 from edge_mmllm_export.checkpoints.view import CheckpointView, Renames
+from edge_mmllm_export.models import gated_cross
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.gated_cross import SPAN
+from edge_mmllm_export.models.head import logits
 from edge_mmllm_export.models.llama import Llama
 from edge_mmllm_export.ops.base import Ops, Rope
 from edge_mmllm_export.weights import Parameter, Source, Weight
 
 T = TypeVar("T")
 
-#: The span of each row of the memory.
-SPAN = StateSpec("memory.span", (1, MEMORY, 2), "int64", "cross_kv")
 #: Ids after the vocabulary that are embedded and never predicted. Source: `MllamaTextModel`.
 EXTRA_IDS = 8
 #: Source: `MllamaTextConfig`.
@@ -123,10 +123,9 @@ class Mllama:
             their = f"model.layers.{self.looking[int(i)]}.{_NAMES[part]}"
             if part.startswith("gate_"):
                 out[p.name] = Source(their, apply=np.tanh)
-            elif part in ("attn.norm_q", "attn.norm_k"):  # one norm, for every head
-                times = t.heads if part.endswith("q") else t.kv_heads
-                whole = partial(_repeated, times=times)
-                out[p.name] = Source(their, whole=whole, stored=(t.head_dim,))
+            elif part in ("attn.norm_q", "attn.norm_k"):
+                heads = t.heads if part.endswith("q") else t.kv_heads
+                out[p.name] = gated_cross.head_norm_source(their, heads, t.head_dim)
             else:
                 out[p.name] = Source(their)
         return out
@@ -136,13 +135,8 @@ class Mllama:
 
     def states(self) -> tuple[StateSpec, ...]:
         t = self.text.config
-        shape = (1, t.kv_heads, MEMORY, t.head_dim)
-        memory = [
-            StateSpec(f"cross.{i}.attn.{n}", shape, "float32", "cross_kv")
-            for i in range(len(self.looking))
-            for n in "kv"
-        ]
-        return (*self.text.states(), SPAN, *memory)
+        memory = gated_cross.memory_states(len(self.looking), t.kv_heads, t.head_dim)
+        return (*self.text.states(), *memory)
 
     def embed(self, op: Ops[T], w: Mapping[str, Weight], ids: T) -> T:
         return self.text.embed(op, w, ids)
@@ -169,10 +163,7 @@ class Mllama:
                 looked += 1
             else:
                 x, delta = self.text.layer(op, w, i - looked, x, delta, rope)
-        x = op.logit_rows(x)
-        delta = op.logit_rows(delta) if delta is not None else None
-        _, x = op.add_norm(x, delta, w["norm"], eps=t.norm_eps)
-        return op.linear(x, w["embed"] if t.tied else w["head"])[0]
+        return logits(op, w, x, delta, eps=t.norm_eps, tied=t.tied)
 
     def _look(
         self, op: Ops[T], w: Mapping[str, Weight], i: int, x: T, delta: T | None
@@ -199,22 +190,10 @@ class Mllama:
         return k, v
 
 
-def _repeated(values: Float32, times: int) -> Float32:
-    return np.tile(values, times)
-
-
 _NAMES = {
-    "norm_attn": "input_layernorm.weight",
-    "norm_mlp": "post_attention_layernorm.weight",
-    "attn.q": "cross_attn.q_proj.weight",
-    "attn.k": "cross_attn.k_proj.weight",
-    "attn.v": "cross_attn.v_proj.weight",
-    "attn.o": "cross_attn.o_proj.weight",
+    **gated_cross.NAMES,
     "attn.norm_q": "cross_attn.q_norm.weight",
     "attn.norm_k": "cross_attn.k_norm.weight",
     "gate_attn": "cross_attn_attn_gate",
     "gate_mlp": "cross_attn_mlp_gate",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.up_proj.weight",
-    "mlp.down": "mlp.down_proj.weight",
 }

@@ -1,7 +1,8 @@
-"""The layout that state-spaces publishes its own Mamba checkpoints in.
+"""The names of a Mamba's tensors, and the layout that state-spaces publishes its own in.
 
-Its `config.json` has no `model_type`: it holds the arguments of `MambaConfig`, of which `ssm_cfg`
-are those of the mixer's constructor. Tensors are named as on the hub, but for the embedding.
+That layout's `config.json` has no `model_type`: it holds the arguments of `MambaConfig`, of which
+`ssm_cfg` are those of the mixer's constructor. Tensors are named as on the hub, but for the
+embedding.
 Source: github.com/state-spaces/mamba, `models/config_mamba.py` and `modules/mamba{_simple,2}.py`.
 """
 
@@ -9,13 +10,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm_export.checkpoints.base import Float32
 from edge_mmllm_export.models.config import Fields
+from edge_mmllm_export.weights import Source
 
 #: The checkpoint's names of the embedding.
 HUB_EMBEDDING, ORIGINAL_EMBEDDING = "backbone.embeddings.weight", "backbone.embedding.weight"
 #: Of every norm; not in the config.
 NORM_EPS = 1e-5
+
+#: What the layers of every version have, ours to the checkpoint's.
+_LAYER = {
+    "norm": "norm.weight",
+    "conv": "mixer.conv1d.weight",
+    "conv_bias": "mixer.conv1d.bias",
+    "D": "mixer.D",
+    "out": "mixer.out_proj.weight",
+    "out_bias": "mixer.out_proj.bias",
+}
 
 _MIXERS = {"Mamba1": "mamba", "Mamba2": "mamba2", "Mamba3": "mamba3"}
 
@@ -65,3 +80,25 @@ def vocab_size(model: Fields) -> int:
     """Rows of the embedding: `vocab_size`, rounded up. Raises: CheckpointError."""
     multiple = model.size("pad_vocab_size_multiple", 8)
     return -(-model.size("vocab_size") // multiple) * multiple
+
+
+def frame_sources(embedding: str) -> dict[str, Source]:
+    """What comes before the layers, and after."""
+    return {
+        "embed": Source(embedding),
+        "norm": Source("backbone.norm_f.weight"),
+        "head": Source("lm_head.weight"),
+    }
+
+
+def layer_sources(i: int) -> dict[str, Source]:
+    """What layer `i` has in every version: the names of `_LAYER`, and A."""
+    ours, theirs = f"layers.{i}", f"backbone.layers.{i}"
+    out = {f"{ours}.{our}": Source(f"{theirs}.{their}") for our, their in _LAYER.items()}
+    out[f"{ours}.A"] = Source(f"{theirs}.mixer.A_log", apply=_minus_exp)
+    return out
+
+
+def _minus_exp(a_log: Float32) -> Float32:
+    """A, which is negative, from its logarithm."""
+    return np.asarray(-np.exp(a_log), np.float32)

@@ -20,6 +20,7 @@ from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import CAPACITY, MEMORY, StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, Float32, Layout
 from edge_mmllm_export.models.config import MAX_LAYERS, Fields
+from edge_mmllm_export.models.head import logits
 from edge_mmllm_export.ops.base import Activation, Attention, Ops
 from edge_mmllm_export.ops.memory import RelativeBias
 from edge_mmllm_export.weights import Parameter, Source, Weight
@@ -228,10 +229,7 @@ class T5:
         bias = RelativeBias(w["bias"], c.max_distance, both_ways=False)
         for i in range(c.layers):
             x, delta = self._layer(op, w, i, x, delta, bias)
-        x = op.logit_rows(x)
-        delta = op.logit_rows(delta) if delta is not None else None
-        _, x = op.add_norm(x, delta, w["norm"], eps=c.norm_eps)
-        return op.linear(x, w["embed"] if c.tied else w["head"])[0]
+        return logits(op, w, x, delta, eps=c.norm_eps, tied=c.tied)
 
     def _layer(
         self,
