@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 #: The same words as the exporter's QUANT_NAMES, which is not imported for `--help`.
 QUANT_NAMES = ("f32", "f16", "int8", "int4")
-LATER_FORMATS = ("gguf", "mlc")
+#: The same words as the exporter's GgufType.
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
 
 
 @click.command("export")
@@ -34,9 +36,13 @@ LATER_FORMATS = ("gguf", "mlc")
 @click.option("--out", metavar="DIR", help="The bundle's folder.")
 @click.option(
     "--format", "format_", default="onnx", show_default=True, metavar="FORMAT",
-    help="The bundle's format: onnx (gguf and mlc come with later releases).",
+    help="The bundle's format: onnx, or gguf for llama.cpp (mlc comes with a later release).",
 )  # fmt: skip
 @click.option("--quant", type=click.Choice(QUANT_NAMES), default="int4", show_default=True)
+@click.option(
+    "--gguf-type", type=click.Choice(GGUF_TYPES, case_sensitive=False),
+    help="With --format gguf: what matrices are stored as, instead of --quant.",
+)  # fmt: skip
 @click.option(
     "--block-size", type=click.Choice(("32", "64", "128")), default="32", show_default=True,
     help="Weights that share a scale.",
@@ -116,11 +122,12 @@ def _check_format(name: str) -> None:
     """Raises: UsageError for a format of a later release, or of none."""
     if name in LATER_FORMATS:
         raise UsageError(
-            f"--format {name} comes with a later release", expected="onnx", found=name,
+            f"--format {name} comes with a later release",
+            expected=" | ".join(FORMATS), found=name,
             fix="export with --format onnx",
         )  # fmt: skip
-    if name != "onnx":
-        raise UsageError("unknown --format", expected="onnx", found=name)
+    if name not in FORMATS:
+        raise UsageError("unknown --format", expected=" | ".join(FORMATS), found=name)
 
 
 def _options(given: dict[str, Any], record: str) -> ExportOptions:
@@ -152,6 +159,8 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
         workers=given["threads"],
         force=given["force"],
         command=record,
+        format=given["format_"],
+        gguf_type=given["gguf_type"],
     )
 
 
@@ -229,6 +238,8 @@ def gate_rows(verdict: str, figures: dict[str, Any]) -> list[tuple[str, object]]
             value = found.get(name)
             if isinstance(value, (int, float)):
                 rows.append((f"  {of} {name}" if of else f"  {name}", form.format(value)))
+    if isinstance(figures.get("reason"), str):
+        rows.append(("  because", figures["reason"]))
     broken = figures.get("breaches")
     if isinstance(broken, list) and broken:
         rows.append(("  breaches", "; ".join(map(str, broken))))

@@ -6,6 +6,7 @@ read -> map -> validate -> quantize -> write -> verify, one tile of one tensor a
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import os
 import platform
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.bundle import (
     GOLDEN_FILE,
@@ -35,7 +36,7 @@ from edge_mmllm.bundle import Source as SourceRecord
 from edge_mmllm.errors import QualityGateFailed, UsageError
 from edge_mmllm.profiling.machine import default_threads
 from edge_mmllm.profiling.memory import peak_rss_bytes
-from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, TextSpec
+from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, Stage, TextSpec
 from edge_mmllm_export import verify
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
@@ -49,12 +50,16 @@ from edge_mmllm_export.planning import ExportOptions, ExportPlan, plan_of
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight, bind
 
+if TYPE_CHECKING:
+    from edge_mmllm_export.gguf import GgufFile
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """An opened checkpoint with its definition and weights."""
+    """An opened checkpoint with its definition and weights; `gguf`: what that format makes of
+    them."""
 
     checkpoint: Checkpoint
     model: Architecture
@@ -62,6 +67,11 @@ class _Job:
     text: TextAssets
     plan: ExportPlan
     workers: int
+    gguf: GgufFile | None = None
+
+    @property
+    def context_length(self) -> int | None:
+        return self.gguf.map.context_length if self.gguf else self.model.context_length
 
 
 def plan_export(source: str | os.PathLike[str], options: ExportOptions) -> ExportPlan:
@@ -69,7 +79,7 @@ def plan_export(source: str | os.PathLike[str], options: ExportOptions) -> Expor
 
     Raises: as `export`.
     """
-    return _prepare(source, options).plan
+    return _prepare(source, _resolved(options)).plan
 
 
 def export(
@@ -79,7 +89,7 @@ def export(
     *,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint to an ONNX bundle at `out`.
+    """Export a checkpoint to a bundle at `out`.
 
     Args:
         source: a folder in hub layout, one `.safetensors`, `.pth` or `.gguf`, or a hub id.
@@ -88,7 +98,7 @@ def export(
     Raises:
         CheckpointError, ExportError, UsageError: see `edge_mmllm.errors`. Nothing is left behind.
     """
-    options = options or ExportOptions()
+    options = _resolved(options or ExportOptions())
     report = progress or (lambda *_: None)
     started = time.perf_counter()
     job = _prepare(source, options)
@@ -105,14 +115,7 @@ def export(
     with BundleWriter(out, force=options.force) as writer:
         check_free_space(writer.root, job.plan.disk_bytes)
         hashes = _Hashes(job.checkpoint.files)
-        stages = write_stages(
-            job.model,
-            job.weights,
-            writer.root,
-            inputs=options.inputs,
-            workers=job.workers,
-            progress=advance,
-        )
+        stages = _write(writer, job, options, advance)
         if job.text.tokenizer_json is not None:
             file = TOKENIZER_FILES[job.text.spec.tokenizer]
             writer.path(file).write_bytes(job.text.tokenizer_json)
@@ -120,12 +123,16 @@ def export(
             for file, content in job.model.files.items():
                 writer.path(file).write_bytes(content)
         manifest = Manifest(
-            engine="onnx",
-            engine_format={"opset": 21, "data": "weights.bin"},
+            engine="onnx" if job.gguf is None else "gguf",
+            engine_format={"opset": 21, "data": "weights.bin"}
+            if job.gguf is None
+            else {"architecture": job.gguf.map.architecture},
             source=_source(job.checkpoint, hashes.result()),
             model=_spec(job, stages),
-            quantization=Quantization(options.plan.name, job.plan.groups, job.plan.bits_per_weight),
-            gate=Gate("not judged"),
+            quantization=Quantization(
+                options.gguf_type or options.plan.name, job.plan.groups, job.plan.bits_per_weight
+            ),
+            gate=Gate("not judged", _unjudged(options)),
             export=ExportRecord(
                 tool_versions=_versions(),
                 wall_s=round(time.perf_counter() - started, 3),
@@ -134,11 +141,50 @@ def export(
                 command=options.command,
             ),
         )
-        if options.gate:
+        if options.gate and not manifest.gate.figures:
             report("judge", 0, 1)
             manifest = _judged(writer, manifest, job, options)
             report("judge", 1, 1)
         return writer.commit(manifest)
+
+
+def _write(
+    writer: BundleWriter, job: _Job, options: ExportOptions, advance: Callable[[int], None]
+) -> dict[str, Stage]:
+    """The format's own files."""
+    if job.gguf is None:
+        return write_stages(
+            job.model,
+            job.weights,
+            writer.root,
+            inputs=options.inputs,
+            workers=job.workers,
+            progress=advance,
+        )
+    from edge_mmllm_export import gguf
+
+    path = writer.path(gguf.FILE)
+    stage = gguf.write(
+        job.gguf, job.text, job.checkpoint, path, workers=job.workers, progress=advance
+    )
+    return {"decoder": stage}
+
+
+def _resolved(options: ExportOptions) -> ExportOptions:
+    """With the plan that `gguf_type` asks for."""
+    if options.gguf_type is None:
+        return options
+    from edge_mmllm_export import gguf
+
+    return replace(options, plan=gguf.plan_for(options.gguf_type, options.plan))
+
+
+def _unjudged(options: ExportOptions) -> dict[str, Any]:
+    """Why nothing can judge the artefact here; empty where something can."""
+    if options.format == "gguf" and importlib.util.find_spec("llama_cpp") is None:
+        why = "llama.cpp is not installed: pip install 'edge-mmllm[gguf]', then edge-mmllm check"
+        return {"reason": why}
+    return {}
 
 
 def _judged(
@@ -149,7 +195,7 @@ def _judged(
             bundle=str(writer.draft(manifest)),
             source=str(job.checkpoint.source),
             plan=options.plan,
-            context=options.context,
+            context=job.context_length if job.gguf else options.context,
             text=options.gate_text,
             lora=options.lora,
             threads=job.workers,
@@ -204,8 +250,20 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
     text = _text(checkpoint, options.tokenizer, model.vocab_size)
     workers = options.workers or default_threads()
     plan = plan_of(model, weights, len(text.tokenizer_json or b""), workers)
+    file = _gguf_file(model, weights, options) if options.format == "gguf" else None
+    if file is not None:
+        size = file.size_bytes + 3 * len(text.tokenizer_json or b"") + (4 << 20)
+        plan = replace(plan, groups=file.groups(), disk_bytes=size)
     plan.check(options, workers)
-    return _Job(checkpoint, model, weights, text, plan, workers)
+    return _Job(checkpoint, model, weights, text, plan, workers, file)
+
+
+def _gguf_file(model: Architecture, weights: dict[str, Weight], options: ExportOptions) -> GgufFile:
+    from edge_mmllm_export import gguf
+
+    if options.inputs != "ids":
+        raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
+    return gguf.layout(model, weights, options.plan, options.gguf_type)
 
 
 def _text(checkpoint: Checkpoint, option: str | None, vocab_size: int) -> TextAssets:
@@ -256,8 +314,9 @@ def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
         hidden_size=job.model.hidden_size,
         layers=job.model.layers,
         parameters=job.plan.parameters,
-        context_length=job.model.context_length,
-        states=job.model.states(),
+        context_length=job.context_length,
+        states=() if job.gguf else job.model.states(),  # llama.cpp owns its states
+        details={"gguf": {"file_type": job.gguf.file_type}} if job.gguf else {},
         stages=stages,
         text=job.text.spec,
         components=job.model.components() if isinstance(job.model, Composite) else (),
@@ -316,7 +375,7 @@ class _Hashes:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("edge-mmllm", "numpy", "onnx", "onnxruntime"):
+    for package in ("edge-mmllm", "numpy", "onnx", "onnxruntime", "gguf", "llama-cpp-python"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -9,10 +9,13 @@ from typing import get_args
 from edge_mmllm.bundle import QuantGroup
 from edge_mmllm.errors import MemoryLimitExceeded, UsageError
 from edge_mmllm_export import verify
+from edge_mmllm_export.gguf_types import GgufType
 from edge_mmllm_export.onnx import Inputs
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import TILE_BYTES, Weight
+
+FORMATS = ("onnx", "gguf")
 
 #: RSS of the process before the first tile: Python, numpy, onnx, tokenizers and their libraries.
 _BASE_RAM = 110 << 20
@@ -35,6 +38,8 @@ class ExportOptions:
         accept_quality_loss: keep a bundle that failed the gate, marked as such.
         max_ram: bytes the export may use; refused up front where it would not do.
         workers: threads; None = what affinity and quota allow.
+        format: `onnx` or `gguf`.
+        gguf_type: what GGUF stores matrices as, e.g. `Q5_1`; takes the place of the plan's name.
     """
 
     plan: QuantPlan = field(default_factory=QuantPlan)
@@ -49,12 +54,24 @@ class ExportOptions:
     workers: int | None = None
     force: bool = False
     command: str = ""
+    format: str = "onnx"
+    gguf_type: GgufType | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_ram", "context"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number above 0", found=repr(value))
+        if self.format not in FORMATS:
+            raise UsageError("unknown format", expected=" | ".join(FORMATS), found=self.format)
+        if self.gguf_type is not None and (
+            self.format != "gguf" or self.gguf_type not in get_args(GgufType)
+        ):
+            raise UsageError(
+                "gguf_type does not fit",
+                expected=f"with format gguf: {' | '.join(get_args(GgufType))}",
+                found=f"{self.gguf_type!r} with format {self.format}",
+            )
         if self.inputs not in get_args(Inputs):
             raise UsageError(
                 "unknown inputs", expected=" | ".join(get_args(Inputs)), found=repr(self.inputs)

@@ -100,7 +100,7 @@ def test_the_choices_are_the_exporters() -> None:
 @pytest.mark.parametrize(
     ("options", "status", "kind", "text"),
     [
-        (["--format", "gguf"], 2, "UsageError", "later release"),
+        (["--format", "mlc"], 2, "UsageError", "later release"),
         (["--format", "mlc"], 2, "UsageError", "later release"),
         (["--format", "tflite"], 2, "UsageError", "unknown --format"),
         (["--quant", "Q4_0"], 2, "UsageError", "Q4_0"),

@@ -1,0 +1,105 @@
+"""GGUF map of the llama family. Source: llama.cpp src/llama-model.cpp and its hub converter."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_mmllm_export.gguf_maps.base import GgufMap, GgufTensor, Value, refuse
+from edge_mmllm_export.models.llama import GGUF_NAMES, GGUF_POST_NORM, Llama, LlamaConfig
+
+#: Definitions that llama.cpp has under another name: mistral is its llama.
+_NAMES = {"mistral": "llama"}
+#: Relative error of frequencies that counts as none: float32 powers differ in the last digits.
+_SAME = 2e-6
+
+
+def gguf_map(model: Llama) -> GgufMap:
+    """Raises: UnsupportedArchitecture."""
+    c = model.config
+    name = _NAMES.get(c.model_type, c.model_type)
+    _check(c, name)
+    # llama.cpp has no sliding window in these graphs: right up to the window, so that far it goes.
+    context = min([c.context_length, *(w for w in c.windows if w is not None)])
+    theta, factor, divisors = _frequencies(c.inv_freq)
+    metadata: dict[str, Value] = {
+        "context_length": context,
+        "embedding_length": c.hidden_size,
+        "block_count": c.layers,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.heads,
+        "attention.head_count_kv": c.kv_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+        "rope.freq_base": theta,
+        "rope.dimension_count": c.head_dim,
+        "vocab_size": c.vocab_size,
+    }
+    if factor != 1.0:
+        metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
+    tensors = _tensors(model, permuted=name == "llama")
+    if divisors is not None:
+        if name != "llama":
+            refuse("it takes no scaling of single frequencies here", name, "default | linear")
+        tensors.append(GgufTensor("rope_freqs.weight", values=divisors, hold="float32"))
+    return GgufMap(name, metadata, tensors, context)
+
+
+def _check(c: LlamaConfig, name: str) -> None:
+    """Raises: UnsupportedArchitecture, for switches that llama.cpp's graph does not have."""
+    if c.activation != "silu":
+        refuse(f"its activation is {c.activation}", name, "silu")
+    if name in ("qwen2", "olmo2") and c.head_dim * c.heads != c.hidden_size:
+        refuse(f"{c.heads} heads of {c.head_dim}", name, f"{c.hidden_size} in all")
+    if name in ("qwen3", "olmo2") and (c.qkv_bias or c.output_bias or c.mlp_bias):
+        refuse("it has biases", name, "none")
+    if name == "qwen2" and (c.output_bias or c.mlp_bias):
+        refuse("it has biases beside those of q, k and v", name, "biases of q, k and v")
+
+
+def _tensors(model: Llama, *, permuted: bool) -> list[GgufTensor]:
+    c = model.config
+    names = {**GGUF_NAMES, **(GGUF_POST_NORM if c.post_norm else {})}
+    out = []
+    for p in model.parameters():
+        stem, bias = p.name.removesuffix("_bias"), p.name.endswith("_bias")
+        parts = stem.split(".")
+        layer = parts[0] == "layers"
+        their = names[".".join(parts[2:])].format(i=parts[1]) if layer else names[stem]
+        order = None
+        if permuted and parts[-1] in ("q", "k"):
+            order = permutation(p.shape[0], c.head_dim)
+        their += ".bias" if bias else ".weight"
+        out.append(GgufTensor(their, (p.name,), order=order))
+    if c.tied and c.model_type == "olmo2":  # its graph asks for a head of its own
+        out.append(GgufTensor("output.weight", ("embed",)))
+    return out
+
+
+def permutation(rows: int, head_dim: int) -> NDArray[np.int64]:
+    """llama.cpp turns neighbouring pairs of a llama's q and k, where the hub turns halves of a
+    head: their row (head, j, half) is our row (head, half, j)."""
+    order = np.arange(rows, dtype=np.int64).reshape(-1, 2, head_dim // 2)
+    return np.ascontiguousarray(order.swapaxes(1, 2)).reshape(rows)
+
+
+def _frequencies(inv_freq: NDArray[np.float32]) -> tuple[float, float, NDArray[np.float32] | None]:
+    """Rotary frequencies as llama.cpp makes them: base, linear factor, and what divides each one
+    beside (llama3 scaling), None where base and factor are all."""
+    wide = inv_freq.astype(np.float64)
+    dim, factor = 2 * len(wide), 1.0 / float(wide[0])
+    exponent = np.arange(len(wide)) / len(wide)
+    factor = float(round(factor)) if abs(factor - round(factor)) < _SAME * factor else factor
+    for last in (len(wide) - 1, 1):  # a pure power, or one whose first frequencies are
+        if last < 1 or last >= len(wide):
+            continue
+        base = float((wide[0] / wide[last]) ** (dim / (2 * last)))
+        whole = float(round(base))
+        theta = whole if abs(base - whole) < 1e-4 * base else base
+        powers = theta**-exponent
+        if np.allclose(powers / factor, wide, rtol=_SAME * 5, atol=0):
+            return theta, factor, None
+    if len(wide) == 1:
+        return 10000.0, factor, None
+    return theta, 1.0, np.asarray(powers / wide, np.float32)
