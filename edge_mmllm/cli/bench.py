@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import click
 
+from edge_mmllm.cli._device_options import device_given, device_options
 from edge_mmllm.cli._options import (
     POSITIVE,
     context_option,
@@ -39,6 +41,7 @@ from edge_mmllm.cli._output import emit, grid, progress_bars, say, size_text, ta
               help="Decode for S seconds more: does it keep its speed?")  # fmt: skip
 @click.option("--operators", is_flag=True, help="Time by operator and layer, in runs of their own.")
 @media_options
+@device_options
 @threads_option
 @context_option
 @json_option
@@ -54,19 +57,22 @@ def command(
     threads: int | None,
     context: int | None,
     as_json: bool,
-    **media: tuple[str, ...],
+    **more: Any,
 ) -> None:
     """Measure a bundle's speed and memory on this device.
 
     Each test runs in a process of its own. Fixed token counts, no early stop; medians over the
     repetitions, with their spread. With --image the picture is encoded anew in every repetition,
     and the time to the first token is split. With --plan the options above it do not count.
+    With --device or --limit-memory a test that does not fit says so; the speed of the device is
+    not imitated. With --target all of it happens there.
     """
     from edge_mmllm.errors import EdgeError
     from edge_mmllm.profiling.job import Job, error_from_json
     from edge_mmllm.profiling.plan import Plan, read_plan
     from edge_mmllm.profiling.runner import jsonl_writer, run_plan
 
+    where = device_given(more)
     job = Job(
         "",
         prompt_tokens=prompt_tokens,
@@ -74,18 +80,24 @@ def command(
         repetitions=repetitions,
         threads=threads,
         context=context,
-        media=media_given(media),
+        media=media_given(more),
         sustained_s=sustained,
         operators=operators,
     )
     plan = Plan((job,)) if plan_file is None else read_plan(plan_file)
+    limits = where.limits()
+    if limits.any:
+        plan = replace(plan, tests=tuple(replace(test, limits=limits) for test in plan.tests))
     if any(test.repetitions < 5 for test in plan.tests) and out is not None:
         say("note: fewer than 5 repetitions tell little about the spread")
     with (
         progress_bars(shown=not as_json) as progress,
         nullcontext() if out is None else jsonl_writer(out) as write,
+        where.launcher(progress) as launch,
     ):
-        records = run_plan(bundles, plan, write=write, progress=progress)
+        records = run_plan(
+            bundles, plan, launch=launch, write=write, progress=progress, device=where.label
+        )
     failed = [r for r in records if r["status"] != "ok"]
     if len(records) == 1:
         if failed:
