@@ -16,7 +16,7 @@ WIDTH = 400
 #: Colours (and dashes, for those who do not see colours) before they begin again.
 COLOURS = 8
 _DASHES = ("", "6 3", "2 3", "9 3 2 3")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 10, 40
 _HEIGHT = 250
 _ROW = 40
 
@@ -161,12 +161,9 @@ def scatter(
         shapes.append(f"<path class='front' d='{path}'><title>Pareto front</title></path>")
     for p in points:
         x, y = frame.place(p.x, p.y)
-        right = x < WIDTH * 0.6
         shapes.append(
             f"<circle class='c{p.colour % COLOURS}' cx='{x:.1f}' cy='{y:.1f}' r='5'>"
             f"<title>{text(p.label)}: {number(p.x)}, {number(p.y)}</title></circle>"
-            f"<text x='{x + (8 if right else -8):.1f}' y='{y - 7:.1f}' "
-            f"text-anchor='{'start' if right else 'end'}'>{text(_short(p.label, 28))}</text>"
         )
     return _svg(title, f"{y_title} against {x_title}", _HEIGHT, shapes)
 

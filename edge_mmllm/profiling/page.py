@@ -227,6 +227,7 @@ _MEMORY = (
     ("weights, mapped", ("memory", "weights_resident_bytes")),
     ("weights, packed", ("memory", "packed_bytes")),
     ("state", ("memory", "state_bytes")),
+    ("tokenizer", ("memory", "tokenizer_bytes")),
     ("scratch", ("memory", "scratch_bytes")),
 )
 
@@ -315,7 +316,10 @@ def _pareto(shown: Sequence[Result], colours: dict[str, int]) -> str:
                          front)  # fmt: skip
     about = "what the quality gate lost against the model in float32; dashed: the Pareto front. "
     about += "Compare bundles of the same model only"
-    return _figure("Quality against size", about, svg)
+    rows = [(p.label, charts.number(p.x), charts.number(p.y)) for p in points]
+    more = _details(table("Quality against size", ("bundle", "MB", what), rows))
+    legend = charts.legend([(p.label, p.colour) for p in points])
+    return _figure("Quality against size", about, svg, after=legend + more)
 
 
 def _throttling(shown: Sequence[Result], colours: dict[str, int]) -> str:

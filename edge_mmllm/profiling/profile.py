@@ -112,10 +112,14 @@ def profile(
         with session:
             report = _measure(session, options, watch, opened.root, before, machine, progress)
     loads = [first_load_ms]
+    from edge_mmllm_runtime.hugepages import give_back
+
     for _ in range(_LOADS - 1):
+        give_back()  # else what malloc kept of the last one adds to the peak
         session, load_ms = load()
         session.close()
         loads.append(load_ms)
+    peak = peak_rss_bytes()
     operators = _operators(str(bundle), options, report) if options.operators else ()
     manifest = opened.manifest
     gate = manifest.gate
@@ -131,6 +135,7 @@ def profile(
         load_ms_values=tuple(loads),
         load_spread=spread(loads),
         phases_ms={**report.phases_ms, "load": statistics.median(loads)},
+        peak_rss_bytes=peak,
         memory_over_time=watch.to_json(),
         operators=tuple(operators),
         load_average_after=read_machine().load_average,
@@ -207,6 +212,7 @@ def _measure(
                 once(number)
         used = used_between(counters, read_counters())
         runs = profiler.generations[1:]  # the first one warmed up
+    ran = memory_use()
     texts = _texts(session, ids, options.new_tokens)
     after = memory_use()
     curve = None
@@ -217,10 +223,8 @@ def _measure(
         machine=machine,
         before=before,
         loaded=loaded,
-        after=after,
-        peak_rss_bytes=peak_rss_bytes(),
         peak_pss_bytes=peak_pss,
-        memory=_split(session, folder, before, loaded, after),
+        memory=_split(session, folder, (before, loaded, ran, after)),
         used=used,
         energy=meter.energy(sum(run.prompt_tokens + len(run.times) for run in runs)),
         climates=(climate, read_climate()),
@@ -233,13 +237,11 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Around:
-    """What is known beside the repetitions. Memory before and after loading, and at the end."""
+    """What is known beside the repetitions. Memory before and after loading."""
 
     machine: Machine
     before: MemoryUse
     loaded: MemoryUse
-    after: MemoryUse
-    peak_rss_bytes: int | None
     peak_pss_bytes: int | None
     memory: MemorySplit
     used: Used
@@ -290,18 +292,22 @@ def _texts(session: Session, ids: list[int], new_tokens: int) -> dict[str, float
 
 
 def _split(
-    session: Session, folder: Path, before: MemoryUse, loaded: MemoryUse, after: MemoryUse
+    session: Session, folder: Path, moments: tuple[MemoryUse, MemoryUse, MemoryUse, MemoryUse]
 ) -> MemorySplit:
+    """Moments: before loading, after it, after the repetitions, after the tokenizer's use."""
+    before, loaded, ran, after = moments
+
     def grown(a: int | None, b: int | None) -> int | None:
         return None if a is None or b is None else max(b - a, 0)
 
     mapped = mapped_bytes(folder)
-    scratch = grown(loaded.anonymous_bytes, after.anonymous_bytes)
+    scratch = grown(loaded.anonymous_bytes, ran.anonymous_bytes)
     return MemorySplit(
         weights_mapped_bytes=mapped and mapped[0],
         weights_resident_bytes=mapped and mapped[1],
         packed_bytes=grown(before.anonymous_bytes, loaded.anonymous_bytes),
         state_bytes=session.state_bytes,
+        tokenizer_bytes=grown(ran.anonymous_bytes, after.anonymous_bytes),
         scratch_bytes=None if scratch is None else max(scratch - session.state_bytes, 0),
         runtime_bytes=before.rss_bytes,
         pss_bytes=after.pss_bytes,
@@ -354,7 +360,7 @@ def _report(session: Session, runs: Sequence[Generation], around: _Around) -> Re
         rss_after_load_bytes=around.loaded.rss_bytes,
         rss_after_load_anonymous_bytes=around.loaded.anonymous_bytes,
         rss_after_load_file_bytes=around.loaded.file_bytes,
-        peak_rss_bytes=around.peak_rss_bytes,
+        peak_rss_bytes=None,
         state_bytes=session.state_bytes,
         state_capacity_bytes=session.state_capacity_bytes,
         machine=around.machine,

@@ -38,7 +38,7 @@ class Report:
         rss_after_load_bytes: with the model loaded, before any token.
         rss_after_load_anonymous_bytes, rss_after_load_file_bytes: its parts, as the kernel
             counts PSS: packed weights and scratch; mapped weights and libraries.
-        peak_rss_bytes: the highest of the process (VmHWM), after all repetitions.
+        peak_rss_bytes: the highest of the process (VmHWM), all repetitions and loads included.
         peak_pss_bytes: the highest PSS seen between two repetitions.
         state_bytes: state in use at the end; `state_capacity_bytes`: reserved.
         memory: see `watch.MemorySplit`; `memory_over_time`: see `watch.MemoryWatch.to_json`.

@@ -66,6 +66,7 @@ COLUMNS = (
     Column("peak PSS MB", _figure("peak_pss_bytes", ".1f", 1e-6)),
     Column("weights resident MB", _figure("memory.weights_resident_bytes", ".1f", 1e-6)),
     Column("packed MB", _figure("memory.packed_bytes", ".1f", 1e-6)),
+    Column("tokenizer MB", _figure("memory.tokenizer_bytes", ".1f", 1e-6)),
     Column("scratch MB", _figure("memory.scratch_bytes", ".1f", 1e-6)),
     Column("state kB", _figure("state_bytes", ".0f", 1e-3)),
     Column("CPUs used", _figure("used.cpus", ".2f")),
@@ -89,10 +90,12 @@ def chosen(results: Sequence[Result]) -> list[Result]:
     """One result for each bundle: of the test that most bundles have, the last run of it."""
     works = [r for r in results if not r.failed]
     have = Counter(test for _, test in {(r.name, r.test) for r in works})
+    order = list(dict.fromkeys(r.test for r in works))
+    order.sort(key=lambda test: -have[test])  # stable: of several, the first in the file
     best: dict[str, Result] = {}
     for result in works:
         before = best.get(result.name)
-        if before is None or have[result.test] >= have[before.test]:
+        if before is None or order.index(result.test) <= order.index(before.test):
             best[result.name] = result
     return [best[name] for name in names(results) if name in best]
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_mmllm.profiling.memory import PROC, memory_use
+from edge_mmllm.profiling.memory import PROC
 
 #: A sample reads one short file, about 15 us.
 PERIOD_S = 0.05
@@ -90,15 +90,17 @@ class MemorySplit:
         packed_bytes: memory that no file backs, grown by loading: weights in the engine's own
             layout, and what else it keeps. Not to be dropped.
         state_bytes: states in use at the end.
+        tokenizer_bytes: memory that the tokenizer took when it was first used.
         scratch_bytes: memory that no file backs, grown by running, without the states.
         runtime_bytes: RSS before the bundle was loaded: Python and the libraries.
-        pss_bytes: PSS after the run, and the highest of the samples between two repetitions.
+        pss_bytes: PSS at the end.
     """
 
     weights_mapped_bytes: int | None
     weights_resident_bytes: int | None
     packed_bytes: int | None
     state_bytes: int
+    tokenizer_bytes: int | None
     scratch_bytes: int | None
     runtime_bytes: int | None
     pss_bytes: int | None
@@ -126,8 +128,3 @@ def mapped_bytes(folder: Path, *, proc: Path = PROC) -> tuple[int, int] | None:
             else:
                 resident += int(words[1]) * 1024
     return size, resident
-
-
-def anonymous_bytes() -> int | None:
-    """PSS of this process that no file backs."""
-    return memory_use().anonymous_bytes
