@@ -11,7 +11,7 @@ from edge_mmllm_export.models.llama import GGUF_NAMES, GGUF_POST_NORM, Llama, Ll
 #: Definitions that llama.cpp has under another name: mistral is its llama.
 _NAMES = {"mistral": "llama"}
 #: Relative error of frequencies that counts as none: float32 powers differ in the last digits.
-_SAME = 2e-6
+_SAME = 1e-5
 
 
 def gguf_map(model: Llama) -> GgufMap:
@@ -21,7 +21,7 @@ def gguf_map(model: Llama) -> GgufMap:
     _check(c, name)
     # llama.cpp has no sliding window in these graphs: right up to the window, so that far it goes.
     context = min([c.context_length, *(w for w in c.windows if w is not None)])
-    theta, factor, divisors = _frequencies(c.inv_freq)
+    factor, divisors = _frequencies(c)
     metadata: dict[str, Value] = {
         "context_length": context,
         "embedding_length": c.hidden_size,
@@ -32,7 +32,7 @@ def gguf_map(model: Llama) -> GgufMap:
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
         "attention.layer_norm_rms_epsilon": float(c.norm_eps),
-        "rope.freq_base": theta,
+        "rope.freq_base": float(c.rope_theta),
         "rope.dimension_count": c.head_dim,
         "vocab_size": c.vocab_size,
     }
@@ -84,22 +84,14 @@ def permutation(rows: int, head_dim: int) -> NDArray[np.int64]:
     return np.ascontiguousarray(order.swapaxes(1, 2)).reshape(rows)
 
 
-def _frequencies(inv_freq: NDArray[np.float32]) -> tuple[float, float, NDArray[np.float32] | None]:
-    """Rotary frequencies as llama.cpp makes them: base, linear factor, and what divides each one
-    beside (llama3 scaling), None where base and factor are all."""
-    wide = inv_freq.astype(np.float64)
-    dim, factor = 2 * len(wide), 1.0 / float(wide[0])
-    exponent = np.arange(len(wide)) / len(wide)
-    factor = float(round(factor)) if abs(factor - round(factor)) < _SAME * factor else factor
-    for last in (len(wide) - 1, 1):  # a pure power, or one whose first frequencies are
-        if last < 1 or last >= len(wide):
-            continue
-        base = float((wide[0] / wide[last]) ** (dim / (2 * last)))
-        whole = float(round(base))
-        theta = whole if abs(base - whole) < 1e-4 * base else base
-        powers = theta**-exponent
-        if np.allclose(powers / factor, wide, rtol=_SAME * 5, atol=0):
-            return theta, factor, None
-    if len(wide) == 1:
-        return 10000.0, factor, None
-    return theta, 1.0, np.asarray(powers / wide, np.float32)
+def _frequencies(c: LlamaConfig) -> tuple[float, NDArray[np.float32] | None]:
+    """What the powers of `rope_theta` are divided by: one factor (linear scaling), or one for each
+    (llama3 scaling), None where one is all."""
+    half = c.head_dim // 2
+    powers = float(c.rope_theta) ** -(np.arange(half) / half)
+    divisors = powers / c.inv_freq.astype(np.float64)
+    factor = float(divisors[0])
+    if not np.allclose(divisors, factor, rtol=_SAME, atol=0):
+        return 1.0, divisors.astype(np.float32)
+    whole = float(round(factor))
+    return (whole if abs(whole - factor) < _SAME * factor else factor), None

@@ -45,6 +45,7 @@ class LlamaConfig:
         post_norm: norms after attention and MLP instead of before (olmo2).
         windows: sliding window of each layer, None = full attention.
         inv_freq: rotary frequencies, float32 `(head_dim / 2,)`, scaling applied.
+        rope_theta: their base, for formats that name it.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class LlamaConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     post_norm: bool = False
     permuted: bool = False
+    rope_theta: float = 10000.0
 
 
 class Llama:
@@ -318,6 +320,7 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
         norm_eps=f.number("rms_norm_eps", 1e-5 if model_type == "olmo2" else 1e-6),
         context_length=_context(f.size("max_position_embeddings", 2048), context),
         inv_freq=scaled_frequencies(theta, head_dim, scaling, where),
+        rope_theta=theta,
         tied=f.flag("tie_word_embeddings", False),
         windows=_windows(f, model_type, layers),
         activation=_ACTIVATIONS[act],
@@ -358,7 +361,8 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
     head_dim = f.size("attention.key_length", max(1, hidden // heads))
     if f.size("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedArchitecture("rope over a part of each head", where=where)
-    inv_freq = inverse_frequencies(f.number("rope.freq_base", 10000.0, positive=True), head_dim)
+    theta = f.number("rope.freq_base", 10000.0, positive=True)
+    inv_freq = inverse_frequencies(theta, head_dim)
     if f.get("rope.scaling.type", "none") == "linear":
         inv_freq = inv_freq / np.float32(f.number("rope.scaling.factor", positive=True))
     elif f.get("rope.scaling.type", "none") != "none":
@@ -383,6 +387,7 @@ def _gguf_config(checkpoint: Checkpoint, where: str, context: int | None) -> Lla
         norm_eps=f.number("attention.layer_norm_rms_epsilon"),
         context_length=_context(f.size("context_length", 2048), context),
         inv_freq=inv_freq.astype(np.float32),
+        rope_theta=theta,
         tied="output.weight" not in tensors,
         windows=(window or None,) * layers,
         qkv_bias="blk.0.attn_q.bias" in tensors,
