@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.errors import CorruptBundle, TemplateError, UsageError
+from edge_mmllm.modality import MODALITIES
 from edge_mmllm.spec import TOKENIZER_FILES, TextSpec
 from edge_mmllm.text.stream import ByteStreamDecoder, StreamDecoder
 from edge_mmllm.text.template import ChatTemplate
@@ -263,8 +264,7 @@ class Text:
             content = [{"type": "text", "text": content}]
         return {**message, "content": content}
 
-    @staticmethod
-    def _part(part: object, where: str) -> dict[str, Any]:
+    def _part(self, part: object, where: str) -> dict[str, Any]:
         good = isinstance(part, Mapping) and isinstance(part.get("type"), str)
         if not isinstance(part, Mapping) or not good:
             raise UsageError(
@@ -273,7 +273,17 @@ class Text:
                 expected="{'type': 'text', 'text': ...} or {'type': 'image'}",
                 found=repr(part)[:200],
             )
-        if part["type"] == "text" and not isinstance(part.get("text"), str):
+        kind = part["type"]
+        # A template leaves out what it does not know, and the answer would be about nothing.
+        if kind not in ("text", *MODALITIES) and kind not in (self.spec.chat_template or ""):
+            raise UsageError(
+                "the chat template knows no such part of a message",
+                where=where,
+                expected=" | ".join(("text", *MODALITIES)),
+                found=kind[:80],
+                fix="{'type': 'image', 'image': path or bytes} for a picture, and so on",
+            )
+        if kind == "text" and not isinstance(part.get("text"), str):
             raise UsageError("a text part has no text", where=where, found=repr(part)[:200])
         return dict(part)
 

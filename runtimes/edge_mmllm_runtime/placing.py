@@ -89,7 +89,7 @@ def place_messages(session: Session, messages: Messages, media: Media) -> Prompt
     Raises:
         UsageError: parts without a picture, or pictures without a part.
     """
-    left = {name: list(given) for name, given in media.items()}
+    left = {name: list(_several(name, given)) for name, given in media.items()}
     found: dict[str, list[Any]] = {name: [] for name in session.spec.modalities}
     plain = [
         _without_media(session, message, left, found, f"messages[{i}]")
@@ -146,6 +146,8 @@ def _has_bos(session: Session, text: str) -> bool:
 
 def _items(session: Session, media: Media, prompt: str | Int64) -> dict[str, list[Item]]:
     """Each given source, identified and prepared; with the prompt's text, where stages read it."""
+    for name, given in media.items():
+        _several(name, given)
     perception, text = session.perception, ""
     if any(perception.reads_text(name) for name, given in media.items() if given):
         text = _plain(session, prompt)
@@ -154,6 +156,17 @@ def _items(session: Session, media: Media, prompt: str | Int64) -> dict[str, lis
         for name, given in media.items()
         if given
     }
+
+
+def _several(name: str, given: Any) -> Sequence[Any]:
+    """What was given for a modality, a list. Raises: UsageError."""
+    if isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray, memoryview)):
+        return given
+    raise UsageError(
+        f"what is given for {name} is not a list",
+        expected=f"[{name}, ...], for one {name} too",
+        found=type(given).__name__,
+    )
 
 
 def _plain(session: Session, prompt: str | Int64) -> str:

@@ -148,6 +148,22 @@ def test_another_number_of_places_than_pictures(session, prompt, images):
     assert session.version == before
 
 
+@pytest.mark.parametrize("given", [str(FIRST), FIRST, FIRST.read_bytes(), 3])
+def test_one_picture_is_a_list_too(given, session):
+    for prompt in ("what <image>", [IMAGE], [{"role": "user", "content": [{"type": "image"}]}]):
+        with pytest.raises(UsageError, match=r"not a list[\s\S]*\[image, \.\.\.\]"):
+            list(session.generate(prompt, images=given, max_new_tokens=1))
+    assert session.position == 0
+
+
+def test_a_part_that_the_template_would_leave_out(session):
+    """An answer about a picture that nobody looked at would be wrong."""
+    url = {"type": "image_url", "image_url": {"url": "data:"}}
+    with pytest.raises(UsageError, match="image_url") as caught:
+        list(session.generate([{"role": "user", "content": [url]}], max_new_tokens=1))
+    assert "messages[0].content[0]" in str(caught.value)
+
+
 def test_what_the_bundle_does_not_understand_is_named(session):
     with pytest.raises(UsageError, match="understands text and image only"):
         session.generate("what", audio=[FIRST])
