@@ -10,11 +10,11 @@ from typing import Any
 
 from edge_mmllm.errors import Cancelled
 from edge_mmllm_runtime import generation, load
-from edge_mmllm_runtime.context import Progress
 from edge_mmllm_runtime.continuation import StateFiles, appended, following, settle
 from edge_mmllm_runtime.generation import Prompt
 from edge_mmllm_runtime.perception import Timings
 from edge_mmllm_runtime.placing import Media, placeholders, question
+from edge_mmllm_runtime.reading import Progress
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 

@@ -13,28 +13,24 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edge_mmllm.errors import ContextFull, SessionClosed, SessionError, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
-from edge_mmllm_runtime.inputs import check_positions, checked_embeddings, checked_ids
+from edge_mmllm_runtime.inputs import check_positions, checked_ids
 from edge_mmllm_runtime.memory import with_rows
 from edge_mmllm_runtime.perception import Perception
 from edge_mmllm_runtime.prompt_cache import PromptCache
 from edge_mmllm_runtime.prompted import Prompted
+from edge_mmllm_runtime.reading import Progress, checked, decoder_input, forward, identities, look
 from edge_mmllm_runtime.snapshot import Snapshot
 from edge_mmllm_runtime.storage import Storage, check_storage, pack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-#: Called between the chunks of a long prefill (a restored beginning counts as one) with (tokens
-#: done, tokens in all). Whatever it raises (`Cancelled`, by convention) ends the prefill and
-#: undoes it.
-Progress = Callable[[int, int], None]
 
 #: Tokens of one prefill run.
 CHUNK = 512
@@ -159,7 +155,7 @@ class Context:
         engine = self.engine
         if logits not in ("last", "all"):
             raise UsageError("unknown value of logits", expected="last or all", found=repr(logits))
-        x = self._checked(tokens_or_embeddings)
+        x = checked(tokens_or_embeddings, engine, self.spec)
         total = len(x)
         check_positions(positions, self._position, total)
         self._check_room(total)
@@ -170,13 +166,13 @@ class Context:
                 found=f"position {self._position}",
                 fix="read the conversation from its beginning (no --state)",
             )
-        known = self._identities(x)
+        known = identities(x)
         cacheable = known is not None and not self._position and logits == "last"
         restored = self._restore_prefix(known) if cacheable and known is not None else 0
         if restored == total and self._logits is not None:
             return self._logits.copy()
         start = self._position - restored
-        mark, parts = None, []
+        mark = None
         if not self._running.acquire(blocking=False):
             raise _in_use()
         try:
@@ -184,25 +180,10 @@ class Context:
                 mark = engine.mark(start)
             if isinstance(x, Prompted):
                 x[restored:].load()
-                self._look(x)
+                look(engine, x)
             self.perception.settle()
             started = time.perf_counter()
-            for begin in range(restored, total, self.chunk):
-                if begin and progress is not None:
-                    progress(begin, total)
-                part = self._input(x[begin : begin + self.chunk])
-                if logits == "all":
-                    rows = np.arange(len(part))
-                elif begin + len(part) == total:
-                    rows = np.array([len(part) - 1])
-                else:
-                    rows = np.empty(0, np.int64)
-                placed = x[begin : begin + len(part)] if isinstance(x, Prompted) else None
-                places = None if placed is None else placed.own_places()
-                if places is None:
-                    parts.append(engine.forward(part, start + begin, rows))
-                else:
-                    parts.append(engine.forward(part, start + begin, rows, places))
+            parts = forward(engine, x, start, restored, self.chunk, logits, progress)
         except BaseException:
             if mark is not None:
                 engine.rollback(mark)
@@ -274,13 +255,14 @@ class Context:
             UsageError: nothing was changed.
             SessionError: the context is empty.
         """
-        x = self._checked(prompt)
+        x = checked(prompt, self.engine, self.spec)
         self.reset()
         stage = self.spec.stages.get("encode_text")
         if stage is None:
             return
         started = time.perf_counter()
-        taken, engine = self._input(x), self.engine
+        engine = self.engine
+        taken = decoder_input(engine, x)
         if taken.dtype == np.int64 and "inputs_embeds" in stage.inputs:
             taken = engine.embed(np.asarray(taken, np.int64))
         engine.remember("encode_text", {stage.inputs[0]: taken})
@@ -394,40 +376,6 @@ class Context:
         """Raises: SessionError: a prefill's callback or another thread is at work here."""
         if self._running.locked():
             raise _in_use()
-
-    @staticmethod
-    def _identities(x: Int64 | Float32 | Prompted) -> Int64 | None:
-        """The identity of each position; None for embeddings that nobody named."""
-        if isinstance(x, Prompted):
-            return x.ids
-        return cast("Int64", x) if x.ndim == 1 else None
-
-    def _input(self, x: Int64 | Float32 | Prompted) -> Int64 | Float32:
-        """What the decoder takes."""
-        if not isinstance(x, Prompted):
-            return x
-        return x.embeddings(self.engine.embed) if x.spans else x.tokens
-
-    def _look(self, x: Prompted) -> None:
-        """Puts what stands beside the tokens into the states, each with the span that sees it."""
-        for i, look in enumerate(x.looks):
-            span = np.array([look.start, look.end], np.int64)
-            given: dict[str, Any] = {"features": look.rows(), "span": span}
-            self.engine.remember(look.stage, given, append=i > 0)
-
-    def _checked(self, x: Sequence[int] | Int64 | Float32 | Prompted) -> Int64 | Float32 | Prompted:
-        """`x` as int64 `(n,)`, float32 `(n, hidden)` or a prompt that is known to be right.
-
-        Raises:
-            UsageError: empty, not integers, outside the vocabulary, or a wrong shape.
-        """
-        if isinstance(x, Prompted):
-            return x
-        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-            if not self.engine.accepts_embeddings:
-                raise UsageError("this bundle's decoder takes token ids, not embeddings")
-            return checked_embeddings(cast("Float32", x), self.spec.hidden_size)
-        return self.check_ids(x)
 
     def check_ids(self, ids: Any) -> Int64:
         """Token ids as int64 `(n,)`.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_mmllm.errors import OutputExists, UsageError
-from edge_mmllm_runtime.context import Progress
 from edge_mmllm_runtime.placing import Media, place_text, placeholders, question
 from edge_mmllm_runtime.prompted import Prompted
+from edge_mmllm_runtime.reading import Progress
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 from edge_mmllm_runtime.statefile import is_state_file

@@ -21,7 +21,7 @@ from edge_mmllm_runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from edge_mmllm.text import StopMatcher
-    from edge_mmllm_runtime.context import Progress
+    from edge_mmllm_runtime.reading import Progress
     from edge_mmllm_runtime.session import Session
 
 #: Text; chat messages (`{"role": ..., "content": ...}`); token ids; or None, to go on from

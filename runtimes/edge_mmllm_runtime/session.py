@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime import generation
-from edge_mmllm_runtime.context import CHUNK, Context, Progress
+from edge_mmllm_runtime.context import CHUNK, Context
 from edge_mmllm_runtime.engine import Engine, Int64
 from edge_mmllm_runtime.generation import FinishReason, Prompt
 from edge_mmllm_runtime.placing import Media
 from edge_mmllm_runtime.prefixes import cache_prompt, sharing
 from edge_mmllm_runtime.prompted import Prompted
+from edge_mmllm_runtime.reading import Progress
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.storage import Storage
 
