@@ -22,6 +22,7 @@ from edge_mmllm.image.settings import (
     Size,
     Split,
     Whole,
+    rescale_of,
 )
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -81,7 +82,7 @@ def read_image_settings(
         raise fields.fail("resample", f"an integer from 0 to {len(RESAMPLE) - 1}")
     rescale = 1 / 255 if fields.value.get("rescale_factor") is None else None
     if rescale is None:
-        rescale = fields.number("rescale_factor")
+        rescale = rescale_of(fields, "rescale_factor")
     mean = _channels(fields, "image_mean", kind.statistics[0])
     std = _channels(fields, "image_std", kind.statistics[1])
     normalise = _flag(fields, "do_normalize")

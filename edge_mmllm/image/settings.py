@@ -17,6 +17,9 @@ MOST_EDGE = 16384  # pixels along one edge
 MOST_PIXELS = 1 << 26  # pixels of one prepared picture, all tiles together
 MOST_TILES = 256
 
+#: Published factors are at most 1.
+MAX_RESCALE = 1e6
+
 #: A picture of more pixels is refused before it is decoded (64 Mpx take 192 MB as RGB).
 PIXEL_LIMIT = 64 * 1024 * 1024
 
@@ -153,7 +156,7 @@ class ImageSettings:
         return ImageSettings(
             layout=_layout_from_json(fields.child("layout")),
             resample=fields.one_of("resample", RESAMPLE),
-            rescale=None if fields.value.get("rescale") is None else fields.number("rescale"),
+            rescale=None if fields.value.get("rescale") is None else rescale_of(fields, "rescale"),
             mean=mean,
             std=std,
             pixel_limit=bounded(fields, "pixel_limit", 1 << 30),
@@ -267,6 +270,18 @@ def bounded(fields: Fields, name: str, most: int) -> int:
     value = fields.integer(name, least=1)
     if value > most:
         raise fields.fail(name, f"an integer from 1 to {most}")
+    return value
+
+
+def rescale_of(fields: Fields, name: str) -> float:
+    """A factor for 0..255 whose products float32 can hold.
+
+    Raises:
+        CorruptBundle: anything else.
+    """
+    value = fields.number(name)
+    if value > MAX_RESCALE:
+        raise fields.fail(name, f"a number from 0 to {MAX_RESCALE:g}")
     return value
 
 
