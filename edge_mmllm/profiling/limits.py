@@ -26,7 +26,7 @@ _NO_MEMORY = re.compile(
     r"MemoryError|out of memory|bad_?alloc|ENOMEM|[Cc]annot allocate memory|"
     r"[Ff]ailed to allocate|[Uu]nable to allocate|Memory allocation still failed|"
     r"can't start new thread|[Tt]hread creation failed|pthread_create|"
-    r"[Nn]o memory for|Resource temporarily unavailable|failed to map segment",
+    r"[Nn]o memory\b|Resource temporarily unavailable|failed to map segment",
 )
 #: Signals that end a program whose allocation failed: abort (an uncaught bad_alloc), a null
 #: pointer used, and the kernel's own killer.
