@@ -55,12 +55,12 @@ PACKAGES = (
     Package("safetensors", "safetensors", "export", "writes and checks safetensors"),
     Package("gguf", "gguf", "export", "reads quantized GGUF checkpoints"),
     Package("huggingface_hub", "huggingface_hub", "export", "fetches hub ids"),
-    Package("llama-cpp-python", "llama_cpp", "gguf", "GGUF bundles, in a later release"),
+    Package("llama-cpp-python", "llama_cpp", "gguf", "runs GGUF bundles and files"),
     Package("apache-tvm", "tvm", "mlc", "MLC bundles, in a later release"),
 )
 
 #: Modules whose libraries are loaded for a trial, in a child.
-_TRIED = ("onnxruntime",)
+_TRIED = ("onnxruntime", "llama_cpp")
 _TRIAL_S = 60
 
 

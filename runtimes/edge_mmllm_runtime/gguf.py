@@ -106,6 +106,8 @@ class GgufEngine:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = room, BATCH, BATCH, 1
         params.n_threads = params.n_threads_batch = self.threads
+        # With flash attention the logits of a token depend on the chunk that it came in.
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.no_perf, params.offload_kqv, params.op_offload = True, False, False
         log.restart()
         context = api.llama_init_from_model(self.model.pointer, params)
