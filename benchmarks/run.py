@@ -22,6 +22,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "memory.py": (),
     "footprint.py": (),
     "quality.py": (),
+    "accuracy.py": (),
+    "picture.py": (),
     "state.py": (),
     "streaming.py": (),
 }
@@ -31,6 +33,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     "export_cost.py": ("--rounds", "1", "--wait", "5"),
     "memory.py": ("--runs", "1"),
     "footprint.py": (),
+    "accuracy.py": ("--pictures", "100"),
+    "picture.py": ("--runs", "1", "--rounds", "2", "--wait", "5"),
     "state.py": ("--runs", "5", "--only", "rwkv7-0.1b", "tiny-mamba2"),
     "streaming.py": ("--tokens", "100000", "--rounds", "5"),
 }
