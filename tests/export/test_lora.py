@@ -187,6 +187,15 @@ def test_half_a_pair_and_foreign_tensors(tmp_path):
         ({"r": 0}, CheckpointError, "'r'"),
         ({"lora_alpha": "x"}, CheckpointError, "lora_alpha"),
         ({"rank_pattern": {"(": 4}}, CheckpointError, "pattern of rank_pattern"),
+        ({"rank_pattern": {"a{99999999999}": 4}}, CheckpointError, "pattern of rank_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, CheckpointError, "q_proj"),
+        ({"rank_pattern": {"q_proj": -4}, "use_rslora": True}, CheckpointError, "q_proj"),
+        ({"rank_pattern": {"q_proj": 1.5}}, CheckpointError, "q_proj"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, CheckpointError, "q_proj"),
+        ({"alpha_pattern": {"((.+)+)+x": 4}}, CheckpointError, "repeats a group"),
+        ({"lora_alpha": float("nan")}, CheckpointError, "lora_alpha"),
+        ({"alpha_pattern": []}, CheckpointError, "alpha_pattern"),
+        ({"r": "8"}, CheckpointError, "'r'"),
     ],
 )
 def test_what_changes_more_than_a_lora_is_refused(config, error, message, tmp_path):

@@ -29,6 +29,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _ROOT = "base_model.model."
 _NAME = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?$")
+#: A repeated group: with it a hostile expression can take time without end.
+_ENDLESS = re.compile(r"\)[*+{]")
 #: What changes more than `B A`, and the only value that there is a definition for.
 _REFUSED: dict[str, Any] = {
     "use_dora": False,
@@ -212,7 +214,7 @@ def _patterned(f: Fields, key: str, module: str, default: float) -> float:
     for pattern, value in _patterns(f, key):
         try:
             fits = re.match(rf"(.*\.)?({pattern})$", module) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"a pattern of {key} cannot be read", where=f.where, found=f"{pattern}: {error}"
             ) from error
@@ -224,4 +226,12 @@ def _patterned(f: Fields, key: str, module: str, default: float) -> float:
 def _patterns(f: Fields, key: str) -> Iterator[tuple[str, float]]:
     table = Fields(f.table(key), f"{f.where}, {key}")
     for pattern in table.config:
-        yield pattern, table.number(pattern)
+        if _ENDLESS.search(pattern):
+            raise CheckpointError(
+                f"a pattern of {key} repeats a group, which may take for ever",
+                where=table.where,
+                found=pattern[:80],
+                fix="write out what it stands for",
+            )
+        whole = key == "rank_pattern"
+        yield pattern, table.size(pattern) if whole else table.number(pattern)
