@@ -140,7 +140,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if stripped.startswith("[") or (stripped.startswith("{") and "\n" in stripped.rstrip()):
         try:
             whole = _parse(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # a line for each record
         else:
             yield from _of_document(whole, path.name)
