@@ -199,6 +199,8 @@ def _judged(
             text=options.gate_text,
             lora=options.lora,
             threads=job.workers,
+            gguf=job.gguf is not None,
+            gguf_type=options.gguf_type,
         )
     )
     broken = figures["breaches"]

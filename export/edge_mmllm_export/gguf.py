@@ -31,6 +31,7 @@ from edge_mmllm_export.weights import Weight
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    from gguf.quants import dequantize
 except ImportError as error:
     raise MissingDependency("gguf", "export") from error
 
@@ -122,6 +123,28 @@ def layout(
         )  # fmt: skip
     found = gguf_map(model)
     return GgufFile(found, [_stored(t, weights, kind) for t in found.tensors])
+
+
+def as_stored(file: GgufFile, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights as the file's reader sees them."""
+    out = dict(weights)
+    for stored in file.tensors:
+        for name in stored.tensor.parts:
+            out[name] = _rounded(weights[name], stored)
+    return out
+
+
+def _rounded(w: Weight, stored: StoredTensor) -> Weight:
+    kind, before = GGMLQuantizationType[stored.kind], w.source.apply
+    width, scale = stored.shape[-1], np.float32(stored.tensor.scale)
+
+    def apply(rows: Float32) -> Float32:
+        rows = rows if before is None else before(rows)
+        raw = encode((rows * scale).reshape(-1, width), stored.kind)
+        values: Float32 = dequantize(raw, kind)
+        return values.reshape(rows.shape) / scale
+
+    return replace(w, as_stored=False, source=replace(w.source, apply=apply))
 
 
 def plan_for(kind: GgufType, plan: QuantPlan) -> QuantPlan:

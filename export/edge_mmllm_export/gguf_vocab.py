@@ -23,7 +23,7 @@ from edge_mmllm_export.checkpoints.text import adds_bos
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 #: Texts on which any two of the known expressions differ.
-_SAMPLES = (
+SAMPLES = (
     "Hello world! I'm sure they'll say it's 12345 or 3.14159, isn't IT'S?\n\n  Two  spaces\t\tx ",
     "def f(x_1):\n    return {'a': [1, 2]} != None  # done!!! @user #tag $100 50% a&b\r\n\r\n",
     "naïve café Ünïcödé ŁódŹ Ελληνικά Русский текст 中文字符 日本語テキスト 한국어",
@@ -180,7 +180,7 @@ def _pre_name(tokenizer: Tokenizer, ignore_merges: bool) -> str:
     """The name whose expressions split as the tokenizer does."""
     split: Callable[[str], list[tuple[str, tuple[int, int]]]]
     split = tokenizer.pre_tokenizer.pre_tokenize_str
-    wanted = [split(text) for text in _SAMPLES]
+    wanted = [split(text) for text in SAMPLES]
     for name in _NAMES:
         known = pretokenizers.find(name)
         if known is None or known.ignore_merges != ignore_merges:
@@ -188,7 +188,7 @@ def _pre_name(tokenizer: Tokenizer, ignore_merges: bool) -> str:
         steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in known.patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         candidate = pre_tokenizers.Sequence(steps)
-        pieces = [candidate.pre_tokenize_str(text) for text in _SAMPLES]
+        pieces = [candidate.pre_tokenize_str(text) for text in SAMPLES]
         if [[p for p, _ in t] for t in pieces] == [[p for p, _ in t] for t in wanted]:
             return name
     raise _unsayable("a way to split text that llama.cpp has no name for", ", ".join(_NAMES))

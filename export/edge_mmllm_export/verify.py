@@ -25,6 +25,8 @@ from edge_mmllm.bundle import GoldenMedia
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
 from edge_mmllm_export import verify_media
 from edge_mmllm_export.families.composite import Composite
+from edge_mmllm_export.gguf_types import GgufType
+from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.quantize.schemes import F32, QuantPlan, Scheme
 from edge_mmllm_export.weights import Weight
@@ -91,6 +93,8 @@ class Request:
     text: str | None
     threads: int
     lora: str | None = None
+    gguf: bool = False
+    gguf_type: GgufType | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Request:
@@ -213,7 +217,10 @@ def run(request: Request) -> dict[str, Any]:
 
     weights = bind_weights(lambda _: F32)
     scheme = plan_scheme(request.plan)
-    stored = weights if scheme == "f32" else as_stored(bind_weights(request.plan.of))
+    stored = weights
+    if scheme != "f32":
+        planned = bind_weights(request.plan.of)
+        stored = _gguf_stored(model, planned, request) if request.gguf else as_stored(planned)
     limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
     judged: list[_Judged] = []
     with load(request.bundle, threads=request.threads, context=None) as session:
@@ -242,6 +249,15 @@ def run(request: Request) -> dict[str, Any]:
     # Strict JSON knows no infinity; what is not finite is among the breaches.
     figures = _finite(figures) | {"text": text, "scheme": scheme, "breaches": broken}
     return {**figures, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _gguf_stored(
+    model: Architecture, weights: dict[str, Weight], request: Request
+) -> dict[str, Weight]:
+    from edge_mmllm_export import gguf
+
+    file = gguf.layout(model, weights, request.plan, request.gguf_type)
+    return gguf.as_stored(file, weights)
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:

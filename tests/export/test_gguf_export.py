@@ -103,8 +103,11 @@ def test_tensors_of_recurrent_models(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["6", "7"])
-def test_rwkv_of_both_layouts_is_one_file(version, tmp_path):
+def test_rwkv_of_both_layouts_is_one_file(version, tmp_path, monkeypatch):
     """But for the group norm's epsilon, which the values' projection makes up for."""
+    for name, value in (("HIDDEN", 128), ("HEADS", 2), ("SIZE", 64)):
+        monkeypatch.setattr(rwkv_models, name, value)
+    monkeypatch.setattr(rwkv_models._Random.norm, "__defaults__", (128,))
     made = rwkv_models.blinkdl(version)
     pth = rwkv_models.write_pth(tmp_path / "a.pth", made)
     hub = {"6": rwkv_models.fla6, "7": lambda t: rwkv_models.fla7(t, fused=False)}[version](made)
@@ -222,6 +225,25 @@ def test_what_llama_cpp_has_no_graph_for(name, message, tmp_path):
         exporter.export(FOLDER / name, tmp_path / "out", ExportOptions(format="gguf"))
     assert "--format onnx" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_small_heads_that_llama_cpp_would_read_beyond(tmp_path):
+    path = rwkv_models.write_pth(tmp_path / "a.pth", rwkv_models.blinkdl("7"))
+    with pytest.raises(UnsupportedArchitecture, match="its heads are of 16"):
+        convert(path, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1"])
+def test_the_oracle_can_compute_with_what_is_stored(kind, tmp_path):
+    """What the gate tells the engine's arithmetic from."""
+    source = FOLDER / "llama"
+    plan = ours.plan_for(kind, QuantPlan())
+    loaded = load(source, plan)
+    file = ours.layout(loaded.model, loaded.weights, plan, kind)
+    convert(source, tmp_path / "m.gguf", kind)
+    read = load(tmp_path / "m.gguf").weights
+    for name, w in ours.as_stored(file, loaded.weights).items():
+        np.testing.assert_array_equal(w.rows(), read[name].rows(), err_msg=name)
 
 
 def test_every_map_is_of_a_definition():

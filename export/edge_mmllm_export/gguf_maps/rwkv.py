@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from edge_mmllm_export.gguf_maps.base import GgufMap, GgufTensor, Hold, Value
+from edge_mmllm_export.gguf_maps.base import GgufMap, GgufTensor, Hold, Value, refuse
 from edge_mmllm_export.gguf_maps.mamba import CONTEXT
 from edge_mmllm_export.models.rwkv import GROUP_NORM_EPS
 from edge_mmllm_export.models.rwkv6 import Rwkv6
@@ -16,6 +16,10 @@ from edge_mmllm_export.models.rwkv7 import Rwkv7
 _LONG = {"r": "receptance", "k": "key", "v": "value", "g": "gate", "o": "output"}
 #: The orders in which llama.cpp stacks mixes.
 _MIXES_6, _MIXES_7 = "wkvrg", "rwkvag"
+
+#: ggml's kernel of RWKV-7 takes so many channels at a time with AVX-512, and reads beyond a
+#: smaller head. Source: `ggml_compute_forward_rwkv_wkv7_f32`, GGML_F32_STEP.
+_STEP_7 = 64
 
 
 def rwkv6(model: Rwkv6) -> GgufMap:
@@ -45,7 +49,10 @@ def rwkv6(model: Rwkv6) -> GgufMap:
 
 
 def rwkv7(model: Rwkv7) -> GgufMap:
+    """Raises: UnsupportedArchitecture."""
     c = model.config
+    if c.head_size % _STEP_7:
+        refuse(f"its heads are of {c.head_size}", model.name, f"multiples of {_STEP_7}")
     metadata = _metadata(model) | {
         "attention.decay_lora_rank": c.ranks["w"],
         "attention.iclr_lora_rank": c.ranks["a"],
