@@ -181,7 +181,8 @@ def _resolved(options: ExportOptions) -> ExportOptions:
 
 def _unjudged(options: ExportOptions) -> dict[str, Any]:
     """Why nothing can judge the artefact here; empty where something can."""
-    if options.format == "gguf" and importlib.util.find_spec("llama_cpp") is None:
+    absent = importlib.util.find_spec("llama_cpp") is None
+    if options.gate and options.format == "gguf" and absent:
         why = "llama.cpp is not installed: pip install 'edge-mmllm[gguf]', then edge-mmllm check"
         return {"reason": why}
     return {}
