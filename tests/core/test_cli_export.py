@@ -101,7 +101,6 @@ def test_the_choices_are_the_exporters() -> None:
     ("options", "status", "kind", "text"),
     [
         (["--format", "mlc"], 2, "UsageError", "later release"),
-        (["--format", "mlc"], 2, "UsageError", "later release"),
         (["--format", "tflite"], 2, "UsageError", "unknown --format"),
         (["--quant", "Q4_0"], 2, "UsageError", "Q4_0"),
         (["--block-size", "33"], 2, "UsageError", "33"),
