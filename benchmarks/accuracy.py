@@ -58,7 +58,7 @@ MODELS = {
 #: Scheme -> percentage points that it may lose.
 ALLOWED = {"f16": 0.3, "int8": 0.3, "int4": 2.0}
 HEAD = (
-    "scheme", "bundle MB", "bits/weight", "right of the first 500", "right", "accuracy",
+    "model", "scheme", "bundle MB", "bits/weight", "right of the first 500", "right", "accuracy",
     "against f32, points", "allowed", "same answer as f32",
 )  # fmt: skip
 
@@ -83,14 +83,16 @@ def answers(bundle: Path, pictures: NDArray[np.uint8], threads: int) -> list[str
     return found
 
 
-def run(name: str, arguments: argparse.Namespace, report: harness.Reporter) -> None:
-    """One model's table."""
+def run(
+    name: str, arguments: argparse.Namespace, report: harness.Reporter
+) -> list[tuple[str | int, ...]]:
+    """One model's rows of the table."""
     model, data = MODELS[name], arguments.shared / "fashion_mnist"
     pictures = idx(data / "t10k-images-idx3-ubyte.gz")[: arguments.pictures]
     classes = idx(data / "t10k-labels-idx1-ubyte.gz")[: arguments.pictures]
     expected = [f"This is {NAMES[c]}." for c in classes]
     versions = harness.versions(sys.executable, ("edge-mmllm", "onnxruntime", "numpy", "pillow"))
-    rows, base = [], list[str]()
+    rows, base = list[tuple[str | int, ...]](), list[str]()
     for scheme in model.schemes:
         bundle = arguments.cache / "benchmarks" / f"accuracy-{name}-{scheme}"
         bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +114,15 @@ def run(name: str, arguments: argparse.Namespace, report: harness.Reporter) -> N
             gate=dict(opened.manifest.gate.figures or {}), threads=arguments.threads,
             bundle_sha256=opened.sha256, versions=versions,
         )  # fmt: skip
+        limit = "" if allowed is None else f"-{allowed:.1f}" + _verdict(points, allowed)
         rows.append(
-            [
-                scheme, f"{size / 1e6:.1f}", f"{bits:.2f}", first, sum(right),
-                f"{100 * sum(right) / len(given):.2f} %", f"{points:+.2f}",
-                "" if allowed is None else f"-{allowed:.1f}" + _verdict(points, allowed), same,
-            ]
+            (
+                "" if rows else name, scheme, f"{size / 1e6:.1f}", f"{bits:.2f}", first,
+                sum(right), f"{100 * sum(right) / len(given):.2f} %", f"{points:+.2f}", limit, same,
+            )
         )  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
-    report.table(
-        f"{name}, {len(pictures)} pictures (transformers 5 in float32: {model.reference} of the "
-        f"first {REFERENCE_PICTURES})",
-        HEAD,
-        rows,
-    )
+    return rows
 
 
 def _right(given: list[str], expected: list[str]) -> int:
@@ -144,8 +141,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     report = harness.Reporter("accuracy", "Right answers about pictures", arguments)
-    for name in arguments.only:
-        run(name, arguments, report)
+    rows = [row for name in arguments.only for row in run(name, arguments, report)]
+    told = ", ".join(f"{MODELS[name].reference} ({name})" for name in arguments.only)
+    report.table(
+        f"Fashion-MNIST, the first {arguments.pictures} test pictures; transformers 5 in float32 "
+        f"answers {told} of the first {REFERENCE_PICTURES} right",
+        HEAD,
+        rows,
+    )
     report.close()
 
 
