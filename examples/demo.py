@@ -45,7 +45,7 @@ def main() -> None:
             answer = f"picture: {PICTURE}\nquestion: {prompt}\nanswer: {answer}"
             answer += ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
         print(answer)
-        records.append({"name": name, **measured})
+        records.append({**measured, "name": name})
         notes.append((f"{name}: {prompt}", answer))
     machine = json.loads(edge("doctor", "--json"))["machine"]
     notes.append(("This device", json.dumps(machine, indent=2)))
