@@ -1,4 +1,5 @@
 // Causal grouped-query attention over the key and value states.
+#include <atomic>
 #include <cmath>
 
 #include "program.h"
@@ -28,16 +29,46 @@ struct Attention : MixOp {
     softcap = r.real();
     window = r.word();
     if (window <= 0) window = INT64_MAX / 2;
+    group = heads / kv_heads;
+    partial.resize(size_t(heads) * kMaxParts * (d + 2));
+    finished = std::make_unique<std::atomic<int>[]>(kv_heads);
+    for (int h = 0; h < kv_heads; h++) finished[h].store(0);
   }
+
+  // One row: a chunk is a part of the keys for all heads that share them, so that each key is read
+  // once; whoever finishes last puts the parts together.
+  static constexpr int kMaxParts = 8, kPartKeys = 48, kMaxGroup = 16;
+  int group;
+  mutable std::vector<float> partial;  // (heads, part): top, weight, total
+  mutable std::unique_ptr<std::atomic<int>[]> finished;
+
+  int parts(const Context& c) const {
+    const int64_t keys = c.position + 1 < window ? c.position + 1 : window;
+    const int64_t count = keys / kPartKeys;
+    return count < 1 ? 1 : count > kMaxParts ? kMaxParts : int(count);
+  }
+  bool grouped(const Context& c) const { return c.rows[0] == 1 && group <= kMaxGroup; }
 
   // Many rows: lanes are rows of q, so that no sum runs across lanes.
   static constexpr int kVectors = 2, kTile = kVectors * kLanes;
 
   int chunks(const Context& c) const override {
+    if (grouped(c)) return kv_heads * parts(c);
     return c.rows[0] < 4 ? heads : heads * ((c.rows[0] + kTile - 1) / kTile);
   }
 
   void run(Context& c, int chunk) const override {
+    if (grouped(c)) {
+      const int count = parts(c), kv = chunk / count, part = chunk % count;
+      switch (group) {
+        case 1: return part_of<1>(c, kv, part, count);
+        case 2: return part_of<2>(c, kv, part, count);
+        case 3: return part_of<3>(c, kv, part, count);
+        case 4: return part_of<4>(c, kv, part, count);
+        case 8: return part_of<8>(c, kv, part, count);
+        default: return part_of<0>(c, kv, part, count);
+      }
+    }
     const int head = chunk % heads;
     const size_t base = size_t(head / (heads / kv_heads)) * c.capacity * d;
     const float *k = c.states[k_state] + base, *v = c.states[v_state] + base;
@@ -50,6 +81,95 @@ struct Attention : MixOp {
 
   EDGE_INLINE float cap(float score) const {
     return softcap > 0 ? softcap * std::tanh(score / softcap) : score;
+  }
+
+  template <int kGroup>
+  void part_of(const Context& c, int kv, int part, int count) const {
+    constexpr int kSize = kGroup ? kGroup : kMaxGroup, kKeys = 64;
+    const int size = kGroup ? kGroup : group, vectors = (d + kLanes - 1) / kLanes;
+    const float* k = c.states[k_state] + size_t(kv) * c.capacity * d;
+    const float* v = c.states[v_state] + size_t(kv) * c.capacity * d;
+    const float* x = q.row(c, 0) + size_t(kv) * size * d;
+    const int64_t last = c.position, first = last - window + 1 > 0 ? last - window + 1 : 0;
+    const int64_t all = last - first + 1, start = first + all * part / count;
+    const int64_t stop = first + all * (part + 1) / count;
+    float scores[kSize][kKeys], top[kSize], weight[kSize];
+    VecF total[kSize][kMaxHead / kLanes], old[kSize];
+    for (int g = 0; g < size; g++) {
+      top[g] = kHidden;
+      weight[g] = 0;
+      for (int i = 0; i < vectors; i++) total[g][i] = splat(0.0f);
+    }
+    for (int64_t key = start; key < stop; key += kKeys) {
+      const int keys = stop - key < kKeys ? int(stop - key) : kKeys;
+      for (int j = 0; j < keys; j++) {
+        const float* row = k + (key + j) * d;
+        VecF products[kSize];
+        for (int g = 0; g < size; g++) products[g] = splat(0.0f);
+        for (int i = 0; i < d; i += kLanes) {
+          const VecF value = load_some(row + i, d - i);
+          for (int g = 0; g < size; g++) products[g] += value * load_some(x + g * d + i, d - i);
+        }
+        for (int g = 0; g < size; g++) scores[g][j] = sum(products[g]) * scale;
+      }
+      for (int g = 0; g < size; g++) {
+        float best = top[g];
+        for (int j = 0; j < keys; j++) {
+          scores[g][j] = cap(scores[g][j]);
+          best = scores[g][j] > best ? scores[g][j] : best;
+        }
+        for (int j = keys; j % kLanes; j++) scores[g][j] = kHidden;
+        old[g] = vexp(splat(top[g] - best));
+        top[g] = best;
+        VecF sums = splat(0.0f);
+        for (int j = 0; j < keys; j += kLanes) {
+          const VecF p = vexp(load(scores[g] + j) - best);
+          store(scores[g] + j, p);
+          sums += p;
+        }
+        weight[g] = weight[g] * old[g][0] + sum(sums);
+      }
+      for (int i = 0; i < vectors; i++) {
+        const int at = i * kLanes;
+        VecF now[kSize];
+        for (int g = 0; g < size; g++) now[g] = total[g][i] * old[g];
+        for (int j = 0; j < keys; j++) {
+          const VecF value = load_some(v + (key + j) * d + at, d - at);
+          for (int g = 0; g < size; g++) now[g] += value * scores[g][j];
+        }
+        for (int g = 0; g < size; g++) total[g][i] = now[g];
+      }
+    }
+    const size_t stride = size_t(d) + 2;
+    for (int g = 0; g < size; g++) {
+      const int head = kv * size + g;
+      float* to = count == 1 ? out.row(c, 0) + head * d : partial.data() + (size_t(head) * kMaxParts + part) * stride + 2;
+      const float scaled = count == 1 ? 1.0f / weight[g] : 1.0f;
+      for (int i = 0; i < vectors; i++) store_some(to + i * kLanes, total[g][i] * scaled, d - i * kLanes);
+      if (count > 1) {
+        to[-2] = top[g];
+        to[-1] = weight[g];
+      }
+    }
+    if (count == 1 || finished[kv].fetch_add(1, std::memory_order_acq_rel) != count - 1) return;
+    finished[kv].store(0, std::memory_order_relaxed);
+    for (int g = 0; g < size; g++) {
+      const int head = kv * size + g;
+      const float* from = partial.data() + size_t(head) * kMaxParts * stride;
+      float best = from[0], share[kMaxParts], whole = 0;
+      for (int p = 1; p < count; p++) best = from[p * stride] > best ? from[p * stride] : best;
+      for (int p = 0; p < count; p++) {
+        share[p] = std::exp(from[p * stride] - best);
+        whole += share[p] * from[p * stride + 1];
+      }
+      for (int p = 0; p < count; p++) share[p] /= whole;
+      float* y = out.row(c, 0) + head * d;
+      each(d, [&](int i, int n) {
+        VecF mixed = splat(0.0f);
+        for (int p = 0; p < count; p++) mixed += load_some(from + p * stride + 2 + i, n) * share[p];
+        store_some(y + i, mixed, n);
+      });
+    }
   }
 
   void one_row(const Context& c, int head, int t, const float* k, const float* v) const {
