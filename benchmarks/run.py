@@ -22,6 +22,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "memory.py": (),
     "footprint.py": (),
     "quality.py": (),
+    "protection.py": (),
     "accuracy.py": (),
     "picture.py": (),
     "state.py": (),
