@@ -99,7 +99,7 @@ def test_what_has_no_lowering_yet_is_refused(name: str) -> None:
     checkpoint = open_checkpoint(REFERENCES / name)
     model = build(checkpoint)
     weights = bind(checkpoint, model.parameters(), model.sources(checkpoint.layout))
-    with pytest.raises(UnsupportedArchitecture, match="mlc format has no (token_shift|positions)"):
+    with pytest.raises(UnsupportedArchitecture, match=r"mlc format has no (token_shift|positions)"):
         build_module(model, weights, capacity=CAPACITY_TOKENS)
 
 
