@@ -12,23 +12,10 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
+from edge_mmllm.profiling.operators import NATIVE_PHASES
 from edge_mmllm_runtime import native
 
 _ENTRIES = 100
-#: Opcodes of `edge_mmllm_export.ops.native`; 0 stands for all row ops.
-PHASES = {
-    0: "row by row",
-    20: "products",
-    30: "token shift",
-    31: "causal convolution",
-    32: "selective scan",
-    33: "gated linear attention",
-    34: "WKV-4",
-    35: "WKV-6",
-    36: "WKV-7",
-    37: "attention",
-}
-
 #: Kind of phase -> (phases a forward, microseconds a forward).
 Figures = dict[str, tuple[int, float]]
 
@@ -51,7 +38,7 @@ def profiled(forwards: int, call: Callable[[], object]) -> Figures | None:
     call()
     function(0, seconds, runs)
     return {
-        PHASES.get(i, f"op {i}"): (round(runs[i] / forwards), 1e6 * seconds[i] / forwards)
+        NATIVE_PHASES.get(i, f"op {i}"): (round(runs[i] / forwards), 1e6 * seconds[i] / forwards)
         for i in range(_ENTRIES)
         if runs[i]
     }

@@ -1,7 +1,8 @@
 """llama-bench's own JSON as records of ours, so that its figures stand in the same table.
 
-`llama-bench -o json` prints a list, `-o jsonl` a line for each test. Fields as of llama.cpp b6000
-(tools/llama-bench/llama-bench.cpp, `test::get_fields`). A test reads `n_prompt` tokens, or makes
+`llama-bench -o json` prints a list, `-o jsonl` a line for each test. Field names
+are those of its `test::get_fields`, written from knowledge of it: no file of a real run is among
+the tests. A test reads `n_prompt` tokens, or makes
 `n_gen`, at a depth of `n_depth` tokens; `samples_ts` are tokens/s, `samples_ns` durations, one
 for each repetition. It measures no memory, no first token (reading a prompt and making a token
 are tests of their own) and no time between two tokens: these stay missing.

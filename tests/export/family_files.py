@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import references
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from edge_mmllm.spec import TextSpec
 from edge_mmllm_export.families.composite import Composite
@@ -130,3 +133,20 @@ class Exports:
             folder.mkdir(exist_ok=True)  # an export before may have failed
             self._known[name, plan] = loaded, export(loaded, folder)
         return self._known[name, plan]
+
+
+#: Id of the placeholder of a picture in the `llava` references.
+IMAGE = 95
+
+
+def word_tokenizer() -> bytes:
+    """A `tokenizer.json` of whole words for the `llava` references."""
+    words = ["<unk>", "user", "bot", "assistant", "what", "is", "this", "that", "and", "?"]
+    vocab = {word: i for i, word in enumerate(words)} | {f"w{i}": i for i in range(10, IMAGE)}
+    made = Tokenizer(WordLevel(vocab, "<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    while made.get_vocab_size() < IMAGE:
+        made.add_tokens([f"x{made.get_vocab_size()}"])
+    made.add_special_tokens(["<image>"])
+    assert made.token_to_id("<image>") == IMAGE
+    return made.to_str().encode()

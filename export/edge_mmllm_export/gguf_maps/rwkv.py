@@ -8,12 +8,10 @@ import numpy as np
 
 from edge_mmllm_export.gguf_maps.base import GgufMap, GgufTensor, Hold, Value, refuse
 from edge_mmllm_export.gguf_maps.mamba import CONTEXT
-from edge_mmllm_export.models.rwkv import GROUP_NORM_EPS
+from edge_mmllm_export.models.rwkv import GROUP_NORM_EPS, LONG
 from edge_mmllm_export.models.rwkv6 import Rwkv6
 from edge_mmllm_export.models.rwkv7 import Rwkv7
 
-#: Our short names of projections, and theirs.
-_LONG = {"r": "receptance", "k": "key", "v": "value", "g": "gate", "o": "output"}
 #: The orders in which llama.cpp stacks mixes.
 _MIXES_6, _MIXES_7 = "wkvrg", "rwkvag"
 
@@ -118,9 +116,9 @@ def _layer(model: Rwkv6 | Rwkv7, i: int, projections: str, mixes: str) -> list[G
     out += _norm(f"{b}.time_mix_ln", f"{p}.att.ln_x")
     for m in projections:
         scale = _louder(model) if m == "v" else 1.0
-        out.append(GgufTensor(f"{b}.time_mix_{_LONG[m]}.weight", (f"{p}.att.{m}",), scale=scale))
+        out.append(GgufTensor(f"{b}.time_mix_{LONG[m]}.weight", (f"{p}.att.{m}",), scale=scale))
     for m in "krv" if "r" in mixes else "kv":
-        out.append(GgufTensor(f"{b}.channel_mix_{_LONG[m]}.weight", (f"{p}.ffn.{m}",)))
+        out.append(GgufTensor(f"{b}.channel_mix_{LONG[m]}.weight", (f"{p}.ffn.{m}",)))
     for m in mixes:
         name, part = f"{b}.channel_mix_lerp_{m}.weight", (f"{p}.ffn.x_{m}",)
         out.append(GgufTensor(name, part, (1, 1, width), "float32"))
