@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_mmllm.bundle import QuantGroup
 from edge_mmllm.errors import MissingDependency, UsageError
@@ -36,7 +37,7 @@ except ImportError as error:
     raise MissingDependency("gguf", "export") from error
 
 FILE = "model.gguf"
-_HOLD_BITS = {"float32": 32, "float16": 16, "byte": 8, "none": 0}
+_HOLD_BITS = {"float32": 32, "float16": 16, "half": 16, "byte": 8, "none": 0}
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def as_stored(file: GgufFile, weights: Mapping[str, Weight]) -> dict[str, Weight
     """The weights as the file's reader sees them."""
     out = dict(weights)
     for stored in file.tensors:
+        if stored.tensor.columns is not None:
+            continue  # of pictures' patches, which are held in float32
         for name in stored.tensor.parts:
             out[name] = _rounded(weights[name], stored)
     return out
@@ -165,7 +168,9 @@ def _stored(t: GgufTensor, weights: Mapping[str, Weight], kind: GgufType | None)
     if first.role in ("vector", "table") or len(shape) == 1:
         chosen = "F32"
     elif BITS[chosen] < _HOLD_BITS[t.hold]:
-        chosen = {"float32": "F32", "float16": "F16", "byte": "Q8_0"}[t.hold]  # type: ignore[assignment]
+        chosen = {"float32": "F32", "float16": "F16", "half": "F16", "byte": "Q8_0"}[t.hold]  # type: ignore[assignment]
+    if t.hold == "half":
+        chosen = "F16"
     if BITS[chosen] <= 8 and shape[-1] % BLOCK:
         chosen = "F16"
     role = "vector" if chosen == "F32" and first.role != "embedding" else first.role
@@ -192,13 +197,25 @@ def _pieces(t: GgufTensor, ours: Sequence[Weight], shape: tuple[int, ...]) -> It
             order = w.source.order
             order = t.order if order is None else order[t.order]
             w = replace(w, source=replace(w.source, order=order))
+        if t.columns is not None:
+            w = _selected(w, t.columns)
         yield Piece(w, done, width)
         done += w.size // width
 
 
+def _selected(w: Weight, columns: NDArray[np.int64]) -> Weight:
+    """Some columns of a small matrix."""
+
+    def whole(theirs: Float32) -> Float32:
+        return theirs.reshape(len(theirs), -1)[:, columns]
+
+    shape = (w.shape[0], len(columns))
+    return replace(w, shape=shape, source=replace(w.source, whole=whole))
+
+
 def write(
     file: GgufFile,
-    text: TextAssets,
+    text: TextAssets | None,
     checkpoint: Checkpoint,
     path: Path,
     *,
@@ -208,6 +225,7 @@ def write(
     """Write the file.
 
     Args:
+        text: the tokenizer; None: of a file without one.
         workers: threads that read, quantize and write tiles.
         progress: called with numbers of weights done.
 
@@ -276,31 +294,24 @@ def _aligned(size: int) -> int:
     return -(-size // 32) * 32
 
 
-def _write_header(file: GgufFile, text: TextAssets, checkpoint: Checkpoint, path: Path) -> int:
+def _write_header(
+    file: GgufFile, text: TextAssets | None, checkpoint: Checkpoint, path: Path
+) -> int:
     """Metadata and the table of tensors. Returns where data begins; the file has its whole size."""
     name = file.map.architecture
     out = GGUFWriter(path, name)
-    for key, value in provenance(checkpoint).items():
+    kind = {} if text is not None else {"general.type": "mmproj"}
+    for key, value in (provenance(checkpoint) | kind).items():
         out.add_string(key, value)
     _add(out, {f"{name}.{key}": value for key, value in file.map.metadata.items()})
     out.add_quantization_version(2)
     out.add_file_type(LlamaFileType[file.file_type])
-    words = vocabulary(text, int(file.map.metadata["vocab_size"]))
-    out.add_tokenizer_model(words.model)
-    if words.tokens:
-        out.add_token_list(words.tokens)
-        out.add_token_types(words.types)
-    if words.scores:
-        out.add_token_scores(words.scores)
-    if words.merges:
-        out.add_token_merges(words.merges)
-    _add(out, {f"tokenizer.ggml.{key}": value for key, value in words.settings.items()})
-    if text.spec.chat_template is not None:
-        out.add_chat_template(text.spec.chat_template)
+    if text is not None:
+        _write_text(out, text, file)
     for stored in file.tensors:
-        kind = GGMLQuantizationType[stored.kind]
+        type_ = GGMLQuantizationType[stored.kind]
         out.add_tensor_info(
-            stored.tensor.name, stored.shape, np.dtype(np.float32), stored.size_bytes, kind
+            stored.tensor.name, stored.shape, np.dtype(np.float32), stored.size_bytes, type_
         )
     try:
         out.write_header_to_file()
@@ -315,6 +326,22 @@ def _write_header(file: GgufFile, text: TextAssets, checkpoint: Checkpoint, path
     return begin
 
 
+def _write_text(out: GGUFWriter, text: TextAssets, file: GgufFile) -> None:
+    """The tokenizer, and the chat template."""
+    words = vocabulary(text, int(str(file.map.metadata["vocab_size"])))
+    out.add_tokenizer_model(words.model)
+    if words.tokens:
+        out.add_token_list(words.tokens)
+        out.add_token_types(words.types)
+    if words.scores:
+        out.add_token_scores(words.scores)
+    if words.merges:
+        out.add_token_merges(words.merges)
+    _add(out, {f"tokenizer.ggml.{key}": value for key, value in words.settings.items()})
+    if text.spec.chat_template is not None:
+        out.add_chat_template(text.spec.chat_template)
+
+
 def _add(out: GGUFWriter, pairs: Mapping[str, object]) -> None:
     for key, value in pairs.items():
         if isinstance(value, bool):
@@ -323,5 +350,7 @@ def _add(out: GGUFWriter, pairs: Mapping[str, object]) -> None:
             out.add_uint32(key, value)
         elif isinstance(value, float):
             out.add_float32(key, value)
+        elif isinstance(value, list):
+            out.add_array(key, value)
         else:
             out.add_string(key, str(value))

@@ -18,8 +18,9 @@ from edge_mmllm.errors import UnsupportedArchitecture
 
 #: The least a tensor may be stored in, whatever was asked: `float32` where llama.cpp computes with
 #: nothing else, `float16` for adapters, `byte` (8 bits) for what a recurrence is sensitive to.
-Hold = Literal["float32", "float16", "byte", "none"]
-Value = bool | int | float | str
+#: `half` is float16 and nothing else: llama.cpp's convolutions of sound.
+Hold = Literal["float32", "float16", "half", "byte", "none"]
+Value = bool | int | float | str | list[int] | list[float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GgufTensor:
         parts: our names, whose rows follow one another.
         shape: in numpy order; None where it is that of the only part.
         order: their row i is our row `order[i]`; of tensors of one part.
+        columns: their column j is our column `columns[j]`; of small tensors of one part.
         scale: factor of every value.
         values: the values themselves, of small tensors that are no weight of ours.
     """
@@ -40,6 +42,7 @@ class GgufTensor:
     shape: tuple[int, ...] | None = None
     hold: Hold = "none"
     order: NDArray[np.int64] | None = field(default=None, compare=False)
+    columns: NDArray[np.int64] | None = field(default=None, compare=False)
     scale: float = 1.0
     values: NDArray[np.float32] | None = field(default=None, compare=False)
 
