@@ -6,7 +6,6 @@ read -> map -> validate -> quantize -> write -> verify, one tile of one tensor a
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import os
 import platform
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_mmllm.bundle import (
     GOLDEN_FILE,
@@ -36,42 +35,31 @@ from edge_mmllm.bundle import Source as SourceRecord
 from edge_mmllm.errors import QualityGateFailed, UsageError
 from edge_mmllm.profiling.machine import default_threads
 from edge_mmllm.profiling.memory import peak_rss_bytes
-from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, Stage, TextSpec
+from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, TextSpec
 from edge_mmllm_export import verify
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
 from edge_mmllm_export.checkpoints.text import load_tokenizer
 from edge_mmllm_export.checkpoints.world import load_world
 from edge_mmllm_export.families.composite import Composite
+from edge_mmllm_export.formats import Artefact, Format, Job, Written, output_format
 from edge_mmllm_export.models import build
-from edge_mmllm_export.onnx import write_stages
-from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.planning import ExportOptions, ExportPlan, plan_of
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight, bind
-
-if TYPE_CHECKING:
-    from edge_mmllm_export.gguf import GgufFile
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """An opened checkpoint with its definition and weights; `gguf`: what that format makes of
-    them."""
+class _Prepared:
+    """All that is decided before anything is written."""
 
-    checkpoint: Checkpoint
-    model: Architecture
-    weights: dict[str, Weight]
-    text: TextAssets
+    options: ExportOptions
+    form: Format
+    job: Job
+    artefact: Artefact
     plan: ExportPlan
-    workers: int
-    gguf: GgufFile | None = None
-
-    @property
-    def context_length(self) -> int | None:
-        return self.gguf.map.context_length if self.gguf else self.model.context_length
 
 
 def plan_export(source: str | os.PathLike[str], options: ExportOptions) -> ExportPlan:
@@ -79,7 +67,7 @@ def plan_export(source: str | os.PathLike[str], options: ExportOptions) -> Expor
 
     Raises: as `export`.
     """
-    return _prepare(source, _resolved(options)).plan
+    return _prepare(source, options).plan
 
 
 def export(
@@ -98,10 +86,10 @@ def export(
     Raises:
         CheckpointError, ExportError, UsageError: see `edge_mmllm.errors`. Nothing is left behind.
     """
-    options = _resolved(options or ExportOptions())
     report = progress or (lambda *_: None)
     started = time.perf_counter()
-    job = _prepare(source, options)
+    prepared = _prepare(source, options or ExportOptions())
+    options, job = prepared.options, prepared.job
     done = 0
     total = sum(w.size for w in job.weights.values())
     lock = threading.Lock()
@@ -113,95 +101,58 @@ def export(
             report("quantize", done, total)
 
     with BundleWriter(out, force=options.force) as writer:
-        check_free_space(writer.root, job.plan.disk_bytes)
+        check_free_space(writer.root, prepared.plan.disk_bytes)
         hashes = _Hashes(job.checkpoint.files)
-        stages = _write(writer, job, options, advance)
+        written = prepared.artefact.write(writer, advance)
         if job.text.tokenizer_json is not None:
             file = TOKENIZER_FILES[job.text.spec.tokenizer]
             writer.path(file).write_bytes(job.text.tokenizer_json)
         if isinstance(job.model, Composite):
             for file, content in job.model.files.items():
                 writer.path(file).write_bytes(content)
+        unjudged = prepared.form.unjudged(options) if options.gate else None
         manifest = Manifest(
-            engine="onnx" if job.gguf is None else "gguf",
-            engine_format={"opset": 21, "data": "weights.bin"}
-            if job.gguf is None
-            else {"architecture": job.gguf.map.architecture},
+            engine=prepared.form.engine,
+            engine_format=written.engine_format,
             source=_source(job.checkpoint, hashes.result()),
-            model=_spec(job, stages),
+            model=_spec(prepared, written),
             quantization=Quantization(
-                options.gguf_type or options.plan.name, job.plan.groups, job.plan.bits_per_weight
+                prepared.form.variant(options) or options.plan.name,
+                prepared.plan.groups,
+                prepared.plan.bits_per_weight,
             ),
-            gate=Gate("not judged", _unjudged(options)),
+            gate=Gate("not judged", {} if unjudged is None else {"reason": unjudged}),
             export=ExportRecord(
-                tool_versions=_versions(),
+                tool_versions=_versions(prepared.form),
                 wall_s=round(time.perf_counter() - started, 3),
                 peak_rss_bytes=peak_rss_bytes(),
                 created_utc=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 command=options.command,
             ),
         )
-        if options.gate and not manifest.gate.figures:
+        if options.gate and unjudged is None:
             report("judge", 0, 1)
-            manifest = _judged(writer, manifest, job, options)
+            manifest = _judged(writer, manifest, prepared)
             report("judge", 1, 1)
         return writer.commit(manifest)
 
 
-def _write(
-    writer: BundleWriter, job: _Job, options: ExportOptions, advance: Callable[[int], None]
-) -> dict[str, Stage]:
-    """The format's own files."""
-    if job.gguf is None:
-        return write_stages(
-            job.model,
-            job.weights,
-            writer.root,
-            inputs=options.inputs,
-            workers=job.workers,
-            progress=advance,
-        )
-    from edge_mmllm_export import gguf
-
-    path = writer.path(gguf.FILE)
-    stage = gguf.write(
-        job.gguf, job.text, job.checkpoint, path, workers=job.workers, progress=advance
-    )
-    return {"decoder": stage}
-
-
-def _resolved(options: ExportOptions) -> ExportOptions:
-    """With the plan that `gguf_type` asks for."""
-    if options.gguf_type is None:
-        return options
-    from edge_mmllm_export import gguf
-
-    return replace(options, plan=gguf.plan_for(options.gguf_type, options.plan))
-
-
-def _unjudged(options: ExportOptions) -> dict[str, Any]:
-    """Why nothing can judge the artefact here; empty where something can."""
-    absent = importlib.util.find_spec("llama_cpp") is None
-    if options.gate and options.format == "gguf" and absent:
-        why = "llama.cpp is not installed: pip install 'edge-mmllm[gguf]', then edge-mmllm check"
-        return {"reason": why}
-    return {}
-
-
-def _judged(
-    writer: BundleWriter, manifest: Manifest, job: _Job, options: ExportOptions
-) -> Manifest:
+def _judged(writer: BundleWriter, manifest: Manifest, prepared: _Prepared) -> Manifest:
+    options, job, artefact = prepared.options, prepared.job, prepared.artefact
+    # What the model may read at most, where the format allows less than was asked for.
+    own = artefact.context_length != job.model.context_length
     figures = verify.judge(
         verify.Request(
             bundle=str(writer.draft(manifest)),
             source=str(job.checkpoint.source),
             plan=options.plan,
-            context=job.context_length if job.gguf else options.context,
+            scheme=prepared.form.judged_as(options),
+            context=artefact.context_length if own else options.context,
             text=options.gate_text,
             lora=options.lora,
             threads=job.workers,
-            gguf=job.gguf is not None,
-            gguf_type=options.gguf_type,
+            format=options.format,
+            variant=prepared.form.variant(options),
         )
     )
     broken = figures["breaches"]
@@ -227,7 +178,9 @@ def _blame(figures: dict[str, Any]) -> str:
     )
 
 
-def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
+def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Prepared:
+    form = output_format(options.format)
+    options = form.resolved(options)
     checkpoint = open_checkpoint(
         Path(source) if isinstance(source, os.PathLike) else source, options.lora
     )
@@ -251,22 +204,11 @@ def _prepare(source: str | os.PathLike[str], options: ExportOptions) -> _Job:
     if options.gate:
         verify.gate_text(options.gate_text)
     text = _text(checkpoint, options.tokenizer, model.vocab_size)
-    workers = options.workers or default_threads()
-    plan = plan_of(model, weights, len(text.tokenizer_json or b""), workers)
-    file = _gguf_file(model, weights, options) if options.format == "gguf" else None
-    if file is not None:
-        size = file.size_bytes + 3 * len(text.tokenizer_json or b"") + (4 << 20)
-        plan = replace(plan, groups=file.groups(), disk_bytes=size)
-    plan.check(options, workers)
-    return _Job(checkpoint, model, weights, text, plan, workers, file)
-
-
-def _gguf_file(model: Architecture, weights: dict[str, Weight], options: ExportOptions) -> GgufFile:
-    from edge_mmllm_export import gguf
-
-    if options.inputs != "ids":
-        raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
-    return gguf.layout(model, weights, options.plan, options.gguf_type)
+    job = Job(checkpoint, model, weights, text, options.workers or default_threads())
+    artefact = form.layout(job, options)
+    plan = plan_of(job, artefact)
+    plan.check(options, job.workers)
+    return _Prepared(options, form, job, artefact, plan)
 
 
 def _text(checkpoint: Checkpoint, option: str | None, vocab_size: int) -> TextAssets:
@@ -310,24 +252,24 @@ def _quantizable(w: Weight) -> bool:
     return w.role != "vector"
 
 
-def _spec(job: _Job, stages: dict[str, Any]) -> ModelSpec:
+def _spec(prepared: _Prepared, written: Written) -> ModelSpec:
+    model, artefact = prepared.job.model, prepared.artefact
+    backbone = getattr(model, "backbone", model)
     return ModelSpec(
-        architecture=job.model.name,
-        vocab_size=job.model.vocab_size,
-        hidden_size=job.model.hidden_size,
-        layers=job.model.layers,
-        parameters=job.plan.parameters,
-        context_length=job.context_length,
-        states=() if job.gguf else job.model.states(),  # llama.cpp owns its states
-        details={"gguf": {"file_type": job.gguf.file_type}} if job.gguf else {},
-        stages=stages,
-        text=job.text.spec,
-        components=job.model.components() if isinstance(job.model, Composite) else (),
-        modalities=job.model.modalities() if isinstance(job.model, Composite) else {},
-        decoder_start_id=getattr(
-            getattr(job.model, "backbone", job.model), "decoder_start_id", None
-        ),
-        extra_ids=getattr(getattr(job.model, "backbone", job.model), "extra_ids", 0),
+        architecture=model.name,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        layers=model.layers,
+        parameters=prepared.plan.parameters,
+        context_length=artefact.context_length,
+        states=artefact.states,
+        details=artefact.details,
+        stages=written.stages,
+        text=prepared.job.text.spec,
+        components=model.components() if isinstance(model, Composite) else (),
+        modalities=model.modalities() if isinstance(model, Composite) else {},
+        decoder_start_id=getattr(backbone, "decoder_start_id", None),
+        extra_ids=getattr(backbone, "extra_ids", 0),
     )
 
 
@@ -376,9 +318,9 @@ class _Hashes:
         return tuple(self._found)
 
 
-def _versions() -> dict[str, str]:
+def _versions(form: Format) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("edge-mmllm", "numpy", "onnx", "onnxruntime", "gguf", "llama-cpp-python"):
+    for package in ("edge-mmllm", "numpy", *form.packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

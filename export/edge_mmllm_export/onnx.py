@@ -11,19 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import CAPACITY, MEMORY, NATIVE_DECODER, Stage
 from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
+from edge_mmllm_export.formats.base import Inputs
 from edge_mmllm_export.ops.base import Architecture, EncoderDecoder, Onlooker
 from edge_mmllm_export.ops.native import NativeOps
 from edge_mmllm_export.ops.onnx import OnnxOps, Value
 from edge_mmllm_export.ops.onnx_graph import GraphBuilder, TensorFile
 from edge_mmllm_export.ops.onnx_weights import WeightStore
 from edge_mmllm_export.weights import Weight
-
-Inputs = Literal["ids", "embeds"]
 
 
 def write_stages(

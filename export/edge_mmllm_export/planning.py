@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
 from edge_mmllm.bundle import QuantGroup
 from edge_mmllm.errors import MemoryLimitExceeded, UsageError
 from edge_mmllm_export import verify
+from edge_mmllm_export.formats import FORMATS, Artefact, Inputs, Job
 from edge_mmllm_export.gguf_types import GgufType
-from edge_mmllm_export.onnx import Inputs
-from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import TILE_BYTES, Weight
-
-FORMATS = ("onnx", "gguf")
 
 #: RSS of the process before the first tile: Python, numpy, onnx, tokenizers and their libraries.
 _BASE_RAM = 110 << 20
@@ -38,7 +36,7 @@ class ExportOptions:
         accept_quality_loss: keep a bundle that failed the gate, marked as such.
         max_ram: bytes the export may use; refused up front where it would not do.
         workers: threads; None = what affinity and quota allow.
-        format: `onnx` or `gguf`.
+        format: a key of `formats.FORMATS`.
         gguf_type: what GGUF stores matrices as, e.g. `Q5_1`; takes the place of the plan's name.
     """
 
@@ -117,20 +115,18 @@ class ExportPlan:
                 )
 
 
-def plan_of(
-    model: Architecture, weights: dict[str, Weight], tokenizer_bytes: int, workers: int
-) -> ExportPlan:
-    """What exporting these weights will take."""
-    groups = quant_groups(weights)
+def plan_of(job: Job, artefact: Artefact) -> ExportPlan:
+    """What writing this artefact will take."""
+    model, groups = job.model, artefact.groups
     states = model.states()
-    ram = _BASE_RAM + workers * _TILES_PER_WORKER * TILE_BYTES
-    ram += 3 * tokenizer_bytes
+    ram = _BASE_RAM + job.workers * _TILES_PER_WORKER * TILE_BYTES
+    ram += 3 * len(job.text.tokenizer_json or b"")
     return ExportPlan(
         architecture=model.name,
-        parameters=sum(w.size for w in weights.values()),
-        tensors=len(weights),
+        parameters=sum(w.size for w in job.weights.values()),
+        tensors=len(job.weights),
         groups=groups,
-        disk_bytes=sum(g.size_bytes for g in groups) + (4 << 20),
+        disk_bytes=artefact.size_bytes,
         peak_ram_bytes=ram,
         gate_ram_bytes=_gate_ram(groups, model.vocab_size, model.context_length),
         context_length=model.context_length,
@@ -147,7 +143,7 @@ def _gate_ram(groups: tuple[QuantGroup, ...], vocab_size: int, context: int | No
     return (160 << 20) + int(1.7 * artefact) + 3 * tokens * vocab_size * 4
 
 
-def quant_groups(weights: dict[str, Weight]) -> tuple[QuantGroup, ...]:
+def quant_groups(weights: Mapping[str, Weight]) -> tuple[QuantGroup, ...]:
     """Bytes by component, role and scheme, scales and zero points included."""
     found: dict[tuple[str, Scheme], list[Weight]] = {}
     for w in weights.values():

@@ -25,8 +25,6 @@ from edge_mmllm.bundle import GoldenMedia
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
 from edge_mmllm_export import verify_media
 from edge_mmllm_export.families.composite import Composite
-from edge_mmllm_export.gguf_types import GgufType
-from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.quantize.schemes import F32, QuantPlan, Scheme
 from edge_mmllm_export.weights import Weight
@@ -84,17 +82,23 @@ THRESHOLDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the child is told: paths as strings, for JSON."""
+    """What the child is told: paths as strings, for JSON.
+
+    Attributes:
+        scheme: whose thresholds apply.
+        variant: the format's own word for how weights are stored, where one was given.
+    """
 
     bundle: str
     source: str
     plan: QuantPlan
+    scheme: str
     context: int | None
     text: str | None
     threads: int
     lora: str | None = None
-    gguf: bool = False
-    gguf_type: GgufType | None = None
+    format: str = "onnx"
+    variant: str | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Request:
@@ -204,8 +208,9 @@ def run(request: Request) -> dict[str, Any]:
     """The child's work: oracle and engine over the same tokens; golden vectors written."""
     from edge_mmllm.profiling.memory import peak_rss_bytes
     from edge_mmllm_export.checkpoints import open_checkpoint
+    from edge_mmllm_export.formats import output_format
     from edge_mmllm_export.models import build
-    from edge_mmllm_export.weights import Parameter, as_stored, bind
+    from edge_mmllm_export.weights import Parameter, bind
     from edge_mmllm_runtime import load
 
     checkpoint = open_checkpoint(request.source, request.lora)
@@ -216,11 +221,11 @@ def run(request: Request) -> dict[str, Any]:
         return bind(checkpoint, model.parameters(), sources, ignored=ignored, schemes=schemes)
 
     weights = bind_weights(lambda _: F32)
-    scheme = plan_scheme(request.plan)
+    scheme = request.scheme
     stored = weights
     if scheme != "f32":
-        planned = bind_weights(request.plan.of)
-        stored = _gguf_stored(model, planned, request) if request.gguf else as_stored(planned)
+        planned, form = bind_weights(request.plan.of), output_format(request.format)
+        stored = form.as_stored(model, planned, request.plan, request.variant)
     limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
     judged: list[_Judged] = []
     with load(request.bundle, threads=request.threads, context=None) as session:
@@ -249,15 +254,6 @@ def run(request: Request) -> dict[str, Any]:
     # Strict JSON knows no infinity; what is not finite is among the breaches.
     figures = _finite(figures) | {"text": text, "scheme": scheme, "breaches": broken}
     return {**figures, "peak_rss_bytes": peak_rss_bytes()}
-
-
-def _gguf_stored(
-    model: Architecture, weights: dict[str, Weight], request: Request
-) -> dict[str, Weight]:
-    from edge_mmllm_export import gguf
-
-    file = gguf.layout(model, weights, request.plan, request.gguf_type)
-    return gguf.as_stored(file, weights)
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:

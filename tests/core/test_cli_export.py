@@ -29,17 +29,17 @@ QUICK = ("--gate", "off", "--threads", 1)
 STUCK = """
 import sys, time
 from pathlib import Path
-import edge_mmllm_export.exporter as exporter
+import edge_mmllm_export.formats.onnx as onnx
 from edge_mmllm.cli import main
 
-write = exporter.write_stages
+write = onnx.write_stages
 
 def stuck(*args, **options):
     write(*args, **options)
     Path(sys.argv[1]).touch()
     time.sleep(120)
 
-exporter.write_stages = stuck
+onnx.write_stages = stuck
 main(sys.argv[2:], prog_name="edge-mmllm")
 """
 
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up(
         (folder / "weights.bin").write_bytes(b"begun")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("edge_mmllm_export.exporter.write_stages", full)
+    monkeypatch.setattr("edge_mmllm_export.formats.onnx.write_stages", full)
     done = cli("export", REFERENCES / "mamba2", "--out", tmp_path / "out", *QUICK, "--json")
     assert done.status == 1
     assert done.json["error"]["type"] == "OutOfSpace"
