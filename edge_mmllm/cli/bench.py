@@ -37,6 +37,9 @@ from edge_mmllm.cli._output import emit, grid, progress_bars, say, size_text, ta
               help="Tokens decoded after it.")  # fmt: skip
 @click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="N",
               help="Timed runs, after one to warm up.")  # fmt: skip
+@click.option("--rounds", type=POSITIVE, default=1, show_default=True, metavar="N",
+              help="Times to run every test, each in a process of its own: `compare` then knows "
+              "how processes differ.")  # fmt: skip
 @click.option("--sustained", type=click.FloatRange(min=0), default=0.0, metavar="S",
               help="Decode for S seconds more: does it keep its speed?")  # fmt: skip
 @click.option("--operators", is_flag=True, help="Time by operator and layer, in runs of their own.")
@@ -52,6 +55,7 @@ def command(
     prompt_tokens: int,
     new_tokens: int,
     repetitions: int,
+    rounds: int,
     sustained: float,
     operators: bool,
     threads: int | None,
@@ -84,7 +88,7 @@ def command(
         sustained_s=sustained,
         operators=operators,
     )
-    plan = Plan((job,)) if plan_file is None else read_plan(plan_file)
+    plan = Plan((job,), rounds=rounds) if plan_file is None else read_plan(plan_file)
     limits = where.limits()
     if limits.any:
         plan = replace(plan, tests=tuple(replace(test, limits=limits) for test in plan.tests))

@@ -1,9 +1,10 @@
 """Two sets of results: did anything change, and is it a regression?
 
-Tests are paired by bundle name, test and threads; repetitions of the same test in one file are
-put together. A change is real where its 95 % bootstrap interval leaves out zero **and** it is
-larger than what two runs of the same bundle differ by on a quiet machine (2 %); it is a regression
-where it is real, for the worse, and larger than the threshold.
+Tests are paired by bundle name, test and threads. Several results of one test in a file are its
+rounds (`bench --rounds`): processes at different times, which the interval knows apart. A change
+is real where its 95 % bootstrap interval leaves out zero **and** it is larger than what two runs
+of the same bundle differ by on a quiet machine (2 %); it is a regression where it is real, for the
+worse, and larger than the threshold.
 """
 
 from __future__ import annotations
@@ -134,12 +135,12 @@ def _grouped(results: Sequence[Result]) -> dict[_Key, list[Result]]:
 def _change(
     key: _Key, metric: str, before: Sequence[Result], after: Sequence[Result], threshold: float
 ) -> Change | None:
-    a = [value for result in before for value in result.values(metric)]
-    b = [value for result in after for value in result.values(metric)]
+    runs = [[v for r in side if (v := r.values(metric))] for side in (before, after)]
+    a, b = ([value for values in side for value in values] for side in runs)
     if not a or not b or not median(a):
         return None
     change = median(b) / median(a) - 1
-    interval = ratio_interval(a, b)
+    interval = ratio_interval(*runs)
     _, more_is_better, judged = METRICS[metric]
     noisy = any(result.rows("noise") for result in (*before, *after))
     verdict = judge(

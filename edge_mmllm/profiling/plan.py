@@ -4,6 +4,7 @@ A TOML (or JSON) file; every field may be one value or a list, and a test is mad
 combination, for each bundle:
 
     repetitions = 5
+    rounds = 1
     seed = 0
 
     [[test]]
@@ -31,6 +32,7 @@ from edge_mmllm.profiling.job import Job
 
 #: Fewer do not tell a spread.
 LEAST_REPETITIONS = 5
+MOST_ROUNDS = 1000
 
 #: Field of a test -> the type of its values.
 _FIELDS: Mapping[str, type] = {
@@ -52,10 +54,13 @@ class Plan:
     Attributes:
         tests: one job for each combination; `bundle` and `name` are empty.
         seed: of the order; None: as written.
+        rounds: times that everything is run, each in processes and an order of its own, so that
+            results tell how processes differ and not only the repetitions within one.
     """
 
     tests: tuple[Job, ...] = (Job(""),)
     seed: int | None = 0
+    rounds: int = 1
 
     def jobs(self, bundles: Sequence[str]) -> list[Job]:
         """Every test of every bundle, in a random order: what slows the machine for a while
@@ -66,9 +71,11 @@ class Plan:
             for bundle, name in zip(bundles, names, strict=True)
             for test in self.tests
         ]
-        if self.seed is not None:
-            random.Random(self.seed).shuffle(made)  # noqa: S311 - no secret
-        return made
+        draw = random.Random(self.seed)  # noqa: S311 - no secret
+        order: list[Job] = []
+        for _ in range(self.rounds):
+            order += made if self.seed is None else draw.sample(made, len(made))
+        return order
 
 
 def bundle_names(bundles: Sequence[str]) -> list[str]:
@@ -108,10 +115,15 @@ def make_plan(document: Any, where: str, folder: Path) -> Plan:
     """A plan from its document; `folder` is where its pictures' paths begin. Raises: UsageError."""
     if not isinstance(document, dict):
         raise UsageError("a plan is a table", where=where)
-    known = {"repetitions", "seed", "test"}
+    known = {"repetitions", "rounds", "seed", "test"}
     _refuse_unknown(document, known, where)
     repetitions = _value(document.get("repetitions", LEAST_REPETITIONS), int, "repetitions", where)
+    rounds = _value(document.get("rounds", 1), int, "rounds", where)
     seed = _value(document.get("seed", 0), int, "seed", where)
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise UsageError(
+            "rounds does not fit", where=where, expected=f"1 to {MOST_ROUNDS}", found=str(rounds)
+        )
     tables = document.get("test")
     if not isinstance(tables, list) or not tables:
         raise UsageError("the plan has no test", where=where, expected="at least one [[test]]")
@@ -135,7 +147,7 @@ def make_plan(document: Any, where: str, folder: Path) -> Plan:
         for values in itertools.product(*lists):
             given = dict(zip(names, values, strict=True))
             tests.append(replace(Job("", media=media, repetitions=repetitions), **given))
-    return Plan(tuple(tests), seed)
+    return Plan(tuple(tests), seed, rounds)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -110,31 +110,51 @@ def bootstrap_interval(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.3.
     """
     ordered = _ordered(values)
-    drawn = _resampled((ordered,), lambda s: (statistic or median)(s[0]), confidence, seed)
-    return None if len(ordered) < 3 else drawn
+    of, draw = statistic or median, random.Random(seed)  # noqa: S311 - no secret
+    seen = [of(draw.choices(ordered, k=len(ordered))) for _ in range(_RESAMPLES)]
+    ends = _tails(seen, confidence)
+    return None if len(ordered) < 3 else ends
 
 
 def ratio_interval(
-    before: Iterable[float], after: Iterable[float], *, confidence: float = 0.95, seed: int = 0
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
-    """The same for `median(after) / median(before) - 1`, both sides drawn anew; None where a side
-    has fewer than 3 values, or a median of 0. Raises: UsageError, as `bootstrap_interval`."""
-    sides = _ordered(before), _ordered(after)
-    if min(map(len, sides)) < 3 or min(map(abs, sides[0])) == 0:
+    """The same for `median(after) / median(before) - 1`, each side a list of processes' values.
+
+    Values of one process are alike: what the machine did while it ran hit all of them. So
+    processes are drawn anew, then the values within each (a two-stage bootstrap). One process a
+    side gives the plain interval, which knows nothing of how processes differ.
+
+    Returns:
+        Its ends; None where a side has fewer than 3 values in all, or one of 0.
+
+    Raises:
+        UsageError: as `bootstrap_interval`; a process without values.
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application, section 3.8.
+    """
+    sides = [[_ordered(values) for values in side] for side in (before, after)]
+    pooled = [[value for values in side for value in values] for side in sides]
+    if min(map(len, pooled)) < 3 or min(map(abs, pooled[0])) == 0:
         return None
-    return _resampled(sides, lambda s: median(s[1]) / median(s[0]) - 1, confidence, seed)
+    draw = random.Random(seed)  # noqa: S311 - no secret
+
+    def drawn(side: Sequence[Sequence[float]]) -> float:
+        chosen = draw.choices(side, k=len(side)) if len(side) > 1 else side
+        return median(v for values in chosen for v in draw.choices(values, k=len(values)))
+
+    ratios = [drawn(sides[1]) / drawn(sides[0]) - 1 for _ in range(_RESAMPLES)]
+    return _tails(ratios, confidence)
 
 
-def _resampled(
-    samples: Sequence[Sequence[float]],
-    statistic: Callable[[Sequence[Sequence[float]]], float],
-    confidence: float,
-    seed: int,
-) -> tuple[float, float]:
+def _tails(seen: Sequence[float], confidence: float) -> tuple[float, float]:
+    """The ends that leave out as much at each side."""
     if not 0 < confidence < 1:
         raise UsageError("not a confidence", expected="between 0 and 1", found=str(confidence))
-    draw = random.Random(seed)  # noqa: S311 - no secret
-    seen = [statistic([draw.choices(s, k=len(s)) for s in samples]) for _ in range(_RESAMPLES)]
     tail = 50 * (1 - confidence)
     return percentile(seen, tail), percentile(seen, 100 - tail)
 

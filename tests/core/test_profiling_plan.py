@@ -53,6 +53,11 @@ def test_every_combination_is_a_test(tmp_path: Path) -> None:
         (j.name, j.prompt_tokens) for j in plan.jobs(["x/a", "x/b"])
     ]
     assert jobs != replace(plan, seed=None).jobs(["x/a", "x/b"])
+    thrice = replace(plan, rounds=3).jobs(["x/a", "x/b"])
+    rounds = [thrice[i : i + len(jobs)] for i in range(0, len(thrice), len(jobs))]
+    assert len(rounds) == 3
+    assert all(sorted(map(repr, r)) == sorted(map(repr, jobs)) for r in rounds)
+    assert rounds[0] != rounds[1]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"test": [{"context": 64}]}))
     assert read_plan(path).tests[0].context == 64

@@ -74,9 +74,22 @@ def test_a_bootstrap_interval_covers_the_median_as_often_as_it_says() -> None:
 
 
 def test_the_interval_of_a_ratio() -> None:
-    assert ratio_interval([0, 0, 0], [1, 2, 3]) is None
-    low, high = ratio_interval([10, 10.1, 9.9, 10, 10.05], [9, 9.1, 8.9, 9, 9.05]) or (0, 0)
+    assert ratio_interval([[0, 0, 0]], [[1, 2, 3]]) is None
+    low, high = ratio_interval([[10, 10.1, 9.9, 10, 10.05]], [[9, 9.1, 8.9, 9, 9.05]]) or (0, 0)
     assert -0.13 < low < -0.1 < high < -0.07
+
+
+def test_rounds_that_differ_widen_the_interval() -> None:
+    """Processes of one bundle at 100, 98 and 96, then at 97, 95 and 93: nothing is shown yet."""
+    before, after = (
+        [[rate + 0.02 * i for i in range(15)] for rate in rates]
+        for rates in ((100, 98, 96), (97, 95, 93))
+    )
+    low, high = ratio_interval(before, after) or (0, 0)
+    assert low < -0.05 < 0 < high
+    pooled = ([[v for values in side for v in values]] for side in (before, after))
+    low, high = ratio_interval(*pooled) or (0, 0)
+    assert -0.04 < low < high < -0.02  # one process would have called it real
 
 
 # -- compare --------------------------------------------------------------------------------
