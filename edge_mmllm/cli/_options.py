@@ -7,13 +7,18 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edge_mmllm.errors import UsageError
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
+    from edge_mmllm_runtime.constrained import Constraint
+
     _IntType = click.ParamType[int]
 else:
     _IntType = click.ParamType  # no generic class before click 8.2
@@ -124,6 +129,52 @@ def sampling_options(command: Decorated) -> Decorated:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def constraint_options(command: Decorated) -> Decorated:
+    """Options of `run` and `chat`: what the answer must look like; one of them."""
+    for option in reversed(
+        (
+            click.option("--json-schema", metavar="FILE|JSON",
+                         help="Answer with JSON that fits this schema."),
+            click.option("--grammar", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+                         help="Answer with what this grammar (Lark or GBNF) describes."),
+            click.option("--regex", metavar="REGEX", help="Answer with what this describes."),
+            click.option("--choice", "choices", multiple=True, metavar="TEXT",
+                         help="Answer with one of these. May be given again."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def constraint_given(given: Mapping[str, Any]) -> Constraint | None:
+    """What `constraint_options` were given.
+
+    Raises:
+        UsageError: more than one; a file that cannot be read; no JSON.
+    """
+    schema, grammar = given["json_schema"], given["grammar"]
+    values = (schema, grammar, given["regex"], given["choices"] or None)
+    if all(value is None for value in values):
+        return None
+    from edge_mmllm_runtime.constrained import Constraint
+
+    if schema is not None and not schema.lstrip().startswith("{"):
+        schema = _content(schema, "--json-schema")
+    if grammar is not None:
+        grammar = _content(grammar, "--grammar")
+    return Constraint.of(schema, grammar, given["regex"], given["choices"] or None)
+
+
+def _content(path: str, option: str) -> str:
+    """A file's text. Raises: UsageError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the file of {option} cannot be read", where=path, found=str(error)[:200]
+        ) from error
 
 
 def recorded_command(ctx: click.Context, paths: tuple[str, ...]) -> str:

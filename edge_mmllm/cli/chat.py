@@ -11,7 +11,12 @@ from typing import Any
 
 import click
 
-from edge_mmllm.cli._options import context_option, sampling_options, threads_option
+from edge_mmllm.cli._options import (
+    constraint_options,
+    context_option,
+    sampling_options,
+    threads_option,
+)
 from edge_mmllm.cli._output import say
 from edge_mmllm.cli.run import answer_settings, writer
 
@@ -20,6 +25,7 @@ from edge_mmllm.cli.run import answer_settings, writer
 @click.argument("bundle", metavar="BUNDLE")
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @sampling_options
+@constraint_options
 @threads_option
 @context_option
 @click.option("--raw", is_flag=True, help="No chat template: continue the text, turn by turn.")

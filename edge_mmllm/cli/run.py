@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_mmllm.cli._options import (
+    constraint_given,
+    constraint_options,
     context_option,
     json_option,
     media_given,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @sampling_options
+@constraint_options
 @threads_option
 @context_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
@@ -82,13 +85,14 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
 
 
 def answer_settings(given: dict[str, Any]) -> AnswerSettings:
-    """The settings out of `sampling_options`. Raises: UsageError."""
+    """The settings out of `sampling_options` and `constraint_options`. Raises: UsageError."""
     from edge_mmllm_runtime.answer import AnswerSettings
     from edge_mmllm_runtime.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(*(given[name] for name in names))
-    return AnswerSettings(given["max_new_tokens"], sampling, tuple(given["stop"]))
+    constraint = constraint_given(given)
+    return AnswerSettings(given["max_new_tokens"], sampling, tuple(given["stop"]), constraint)
 
 
 def writer(before: Callable[[], None] = lambda: None) -> Callable[[str], None]:
@@ -123,6 +127,11 @@ def cost(answer: Answer) -> str:
         parts.append(f"({split(answer.timings)})")
     if answer.decode_tokens_per_s is not None:
         parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+    if answer.constraint is not None:
+        cost, new = answer.constraint, answer.constraint.tokens
+        parts.append(
+            f"constraint {cost.mask_us_per_token:.0f} us/token ({cost.forced} of {new} forced)"
+        )
     if answer.saved_state_bytes is not None:
         parts.append(f"state saved in {size_text(answer.saved_state_bytes)}")
     return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from edge_mmllm.modality import MODALITIES
 from edge_mmllm.spec import TOKENIZER_FILES, TextSpec
 from edge_mmllm.text.stream import ByteStreamDecoder, StreamDecoder
 from edge_mmllm.text.template import ChatTemplate
+from edge_mmllm.text.vocabulary import Vocabulary
 from edge_mmllm.text.world import WorldTokenizer
 
 if TYPE_CHECKING:
@@ -176,6 +178,16 @@ class Text:
             return tokens.endswith(_REPLACEMENT_TOKENS)
 
         return StreamDecoder(self.decode, skip, complete)
+
+    def vocabulary(self, size: int) -> Vocabulary:
+        """The bytes of each of `size` ids. Raises: UsageError: no tokenizer, or no such table."""
+        if self.spec.tokenizer == "bytes":
+            return Vocabulary.of_bytes(lambda i: bytes([i]) if i < 256 else b"", size)
+        if self.spec.tokenizer == "rwkv-world":
+            return Vocabulary.of_bytes(self._world.token, size)
+        tokenizer = self._tokenizer
+        decoder = json.loads(self._json or b"{}").get("decoder")
+        return Vocabulary.of_tokenizer(tokenizer, decoder, size)
 
     @property
     def has_chat_template(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.errors import Cancelled
 from edge_mmllm_runtime import generation, load
@@ -18,6 +18,9 @@ from edge_mmllm_runtime.reading import Progress
 from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.constrained import Constraint, ConstraintCost
+
 Write = Callable[[str], object]
 
 
@@ -28,6 +31,7 @@ class AnswerSettings:
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Answer:
         restored_tokens: tokens of the state that it went on from.
         saved_state_bytes: size of the state file left behind; None without one.
         timings: where the time to the first token went.
+        constraint: what the constraint cost; None without one.
     """
 
     text: str
@@ -58,6 +63,7 @@ class Answer:
     restored_tokens: int = 0
     saved_state_bytes: int | None = None
     timings: Timings = field(default_factory=Timings)
+    constraint: ConstraintCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -164,14 +170,19 @@ def answer(
     started = time.perf_counter()
     ids = generation.encode_prompt(session, prompt() if callable(prompt) else prompt)
     count, sampling = settings.max_new_tokens, settings.sampling
+    guide = None if settings.constraint is None else session.guide(settings.constraint)
     if append and ids is not None:
-        stream = appended(session, ids, count, sampling, between_chunks)
+        stream = appended(session, ids, count, sampling, between_chunks, guide)
     else:
-        stream = session.generate_tokens(ids, count, sampling, reuse=reuse, progress=between_chunks)
+        stream = session.generate_tokens(
+            ids, count, sampling, reuse=reuse, progress=between_chunks, constraint=guide
+        )
     times: list[float] = []
     taken: list[int] = []
     timed = _timed(stream, times, taken, cancelled)
     text = _show(generation.pieces(session, timed, matcher), write)
+    if isinstance(stream, Generator):
+        stream.close()  # has the state hold what was taken of it
     ended = len(times)
     if whole:
         settle(session, taken[-1] if taken else None)
@@ -190,6 +201,7 @@ def answer(
         engine_version=engine.version,
         bundle_sha256=session.bundle_sha256,
         timings=session.perception.timings,
+        constraint=session.constraint_cost,
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_mmllm.errors import OutputExists, UsageError
 from edge_mmllm_runtime.placing import Media, place_text, placeholders, question
@@ -15,6 +16,9 @@ from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 from edge_mmllm_runtime.statefile import is_state_file
 from edge_mmllm_runtime.storage import Storage, check_storage
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.constrained import Guide
 
 #: An answer that no template changes and no other part of a conversation contains.
 _ANSWER = "edge-mmllm-answer"
@@ -87,7 +91,12 @@ def following(session: Session, prompt: str, media: Media, *, raw: bool) -> Prom
 
 
 def appended(
-    session: Session, ids: Prompted, max_new_tokens: int, sampling: Sampling, progress: Progress
+    session: Session,
+    ids: Prompted,
+    max_new_tokens: int,
+    sampling: Sampling,
+    progress: Progress,
+    guide: Guide | None = None,
 ) -> Iterator[int]:
     """Reads `ids` after the present state, then generates. See `Session.generate_tokens`."""
     if session.spec.decoder_start_id is not None:
@@ -96,7 +105,7 @@ def appended(
             fix="ask again from an empty context, with the whole prompt",
         )
     session.prefill(ids, progress=progress)
-    yield from session.generate_tokens(None, max_new_tokens, sampling)
+    yield from session.generate_tokens(None, max_new_tokens, sampling, constraint=guide)
 
 
 def settle(session: Session, last: int | None) -> None:

@@ -21,6 +21,7 @@ from edge_mmllm_runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from edge_mmllm.text import StopMatcher
+    from edge_mmllm_runtime.constrained import Guide
     from edge_mmllm_runtime.reading import Progress
     from edge_mmllm_runtime.session import Session
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompted | None
 
 #: Why a generation ended: an end-of-sequence token, a stop string, `max_new_tokens` reached, or
-#: no room left in the context.
-FinishReason = Literal["eos", "stop", "length", "context"]
+#: no room left in the context; `grammar`: its constraint lets nothing follow.
+FinishReason = Literal["eos", "stop", "length", "context", "grammar"]
 
 
 def encode_prompt(session: Session, prompt: Prompt, media: Media | None = None) -> Prompted | None:
@@ -85,6 +86,7 @@ def tokens(
     reuse: bool,
     progress: Progress | None,
     media: Media | None = None,
+    guide: Guide | None = None,
 ) -> Iterator[int]:
     """Checks everything, then returns an iterator over the new ids. See `generate_tokens`."""
     _ = session.engine  # closed: say so now
@@ -101,7 +103,7 @@ def tokens(
     taken = 0 if ids is None or session.spec.decoder_start_id is not None else len(ids)
     if session.context is not None and taken > session.context:
         raise ContextFull(0, taken, session.context)
-    return _loop(session, ids, max_new_tokens, sampling, stop_ids, reuse, progress)
+    return _loop(session, ids, max_new_tokens, sampling, stop_ids, reuse, progress, guide)
 
 
 def _loop(
@@ -112,15 +114,23 @@ def _loop(
     stop_ids: frozenset[int],
     reuse: bool,
     progress: Progress | None,
+    guide: Guide | None,
 ) -> Iterator[int]:
-    session.finish_reason = None
+    session.finish_reason, session.constraint_cost = None, None
     logits = session.logits if ids is None else _read(session, ids, reuse, progress)
     if logits is None:
-        raise _moved_on()
+        raise moved_on()
     if ids is None or session.spec.decoder_start_id is not None:
         seen: Sequence[int] = session.tokens or ()
     else:
         seen = ids.ids.tolist()
+    if guide is not None:
+        from edge_mmllm_runtime.constrained_loop import constrained_loop
+
+        yield from constrained_loop(
+            session, logits, seen, max_new_tokens, sampling, guide, stop_ids
+        )
+        return
     sampler = Sampler(sampling, session.spec.vocab_size, seen)
     version, token = session.version, None
     for _ in range(max_new_tokens):
@@ -137,11 +147,12 @@ def _loop(
         session.drop_logits()  # the state lacks this token: they are not what comes next
         yield token
         if session.version != version:
-            raise _moved_on()
+            raise moved_on()
     session.finish_reason = "length"
 
 
-def _moved_on() -> UsageError:
+def moved_on() -> UsageError:
+    """The error of a generation whose session was used meanwhile."""
     return UsageError(
         "the session was used for something else during this generation",
         fix="finish or drop one generation before the next call, or take a snapshot first",

@@ -22,6 +22,7 @@ from edge_mmllm._children import python_command
 from edge_mmllm.errors import CorruptBundle, UnsupportedBundle, UsageError
 from edge_mmllm.spec import ModelSpec, Stage, TextSpec
 from edge_mmllm.text import StreamDecoder, Text
+from edge_mmllm.text.vocabulary import Vocabulary
 from edge_mmllm_runtime.llama import Model
 
 if TYPE_CHECKING:
@@ -243,6 +244,16 @@ class VocabText(Text):
         return self._model.detokenize(known, special=not skip_special_tokens).decode(
             "utf-8", "replace"
         )
+
+    def vocabulary(self, size: int) -> Vocabulary:
+        """See `Text.vocabulary`."""
+        tokens, special = [], set()
+        for i in range(size):
+            data, is_text = self._model.piece(i)
+            tokens.append(data)
+            if not is_text:
+                special.add(i)
+        return Vocabulary(tuple(tokens), frozenset(special))
 
     def stream(self) -> StreamDecoder:
         """See `Text.stream`."""

@@ -17,6 +17,8 @@ from typing import Any
 from edge_mmllm.errors import CorruptBundle, SessionClosed
 
 _ERROR, _CONTINUED = 3, 5
+#: Kinds of tokens that are no text: LLAMA_TOKEN_ATTR_UNKNOWN, UNUSED and CONTROL.
+_NO_TEXT = 1 | 2 | 8
 _SIZE = re.compile(r"(?:kv_cache\w*|memory_recurrent|_rs_cache): +size = +([0-9.]+) MiB")
 
 
@@ -159,6 +161,18 @@ class Model:
             if count >= 0:
                 return text.raw[:count]
             room = -count
+
+    def piece(self, token: int) -> tuple[bytes, bool]:
+        """What a valid id adds to a text (of a special one its name), and whether that is text."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = self.api.llama_token_to_piece(self.vocab, token, buffer, room, 0, True)
+            if count >= 0:
+                break
+            room = -count
+        kind = self.api.llama_vocab_get_attr(self.vocab, token)
+        return buffer.raw[:count], not kind & _NO_TEXT
 
     def close(self) -> None:
         """Frees the model. Closing twice is fine."""

@@ -121,6 +121,11 @@ class Sampler:
             self._seen.add(token)
         return token
 
+    def saw(self, token: int) -> None:
+        """Notes a token that was taken without `pick`."""
+        if self._penalty != 1:
+            self._seen.add(token)
+
     def _penalized(self, logits: Float32) -> Float32:
         logits = logits.copy()
         ids = np.fromiter(self._seen, np.int64, len(self._seen))

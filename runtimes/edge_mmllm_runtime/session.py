@@ -7,7 +7,7 @@ with edge_mmllm.load("smollm2.int4") as session:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_mmllm.errors import UsageError
@@ -25,6 +25,7 @@ from edge_mmllm_runtime.storage import Storage
 
 if TYPE_CHECKING:
     from edge_mmllm.text import Text
+    from edge_mmllm_runtime.constrained import Constraint, ConstraintCost, Guide, Guides
 
 
 class Session(Context):
@@ -36,6 +37,7 @@ class Session(Context):
 
     Attributes:
         finish_reason: why the last generation ended; None before its end.
+        constraint_cost: what the last generation's constraint cost; None without one.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Session(Context):
         )
         self._make_text = make_text
         self._text: Text | None = None
+        self._guides: Guides | None = None
         self.finish_reason: FinishReason | None = None
+        self.constraint_cost: ConstraintCost | None = None
 
     @property
     def text(self) -> Text:
@@ -89,6 +93,10 @@ class Session(Context):
         videos: Sequence[Any] | None = None,
         reuse: bool = False,
         progress: Progress | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Iterator[str]:
         """Answers with text, piece by piece.
 
@@ -114,18 +122,27 @@ class Session(Context):
                 can be cut (attention); all of the state, or nothing, where it is constant
                 (recurrent). The logits may differ from a fresh start by rounding.
             progress: see `prefill`.
+            json_schema, grammar, regex, choices: one of them, which the answer keeps to, see
+                `Constraint.of` and docs/constrained.md. An answer that `max_new_tokens`, a stop
+                string or the context cut off is only the beginning of one that does.
 
         Yields:
             Pieces of text: whole characters, never a part of a stop string.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
+            MissingDependency: a constraint without the extra `constrained`.
         """
         media = {"image": images, "audio": audio, "video": videos}
         given = {name: items for name, items in media.items() if items is not None}
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        constraint: Constraint | None = None
+        if any(value is not None for value in (json_schema, grammar, regex, choices)):
+            from edge_mmllm_runtime.constrained import Constraint
+
+            constraint = Constraint.of(json_schema, grammar, regex, choices)
         return self._generate(
-            prompt_or_messages, max_new_tokens, sampling, stop, reuse, progress, given
+            prompt_or_messages, max_new_tokens, sampling, stop, reuse, progress, given, constraint
         )
 
     def generate_tokens(
@@ -138,6 +155,7 @@ class Session(Context):
         reuse: bool = False,
         progress: Progress | None = None,
         media: Media | None = None,
+        constraint: Constraint | Guide | None = None,
     ) -> Iterator[int]:
         """As `generate`, but yields token ids; an end-of-sequence token is not yielded.
 
@@ -148,10 +166,14 @@ class Session(Context):
                 a fixed number of tokens need.
             media: modality (`image`, ...) -> what belongs into the prompt, see `generate`. Token
                 ids have a placeholder's id for each item, or for each of its rows.
+            constraint: what the answer keeps to; a `Guide` to go on in the middle of one.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
+            MissingDependency: see `generate`.
         """
+        if constraint is not None and ignore_eos:
+            raise UsageError("a constrained answer ends as its constraint says", found="ignore_eos")
         return generation.tokens(
             self,
             prompt,
@@ -161,7 +183,29 @@ class Session(Context):
             reuse=reuse,
             progress=progress,
             media=media,
+            guide=None if constraint is None else self.guide(constraint),
         )
+
+    def guide(self, constraint: Constraint | Guide) -> Guide:
+        """A constraint made ready for this model's vocabulary; the last eight made are kept.
+
+        Raises:
+            UsageError: the constraint cannot be used, or the bundle has no tokenizer.
+            MissingDependency: llguidance is not installed.
+        """
+        from edge_mmllm_runtime.constrained import Constraint, Guides
+
+        if not isinstance(constraint, Constraint):
+            return constraint
+        if self._guides is None:
+            text, size = self.text, self.spec.vocab_size
+            self._guides = Guides(
+                lambda: text.vocabulary(size),
+                lambda part: text.encode(part, add_bos=False),
+                size,
+                self.spec.text.eos_ids,
+            )
+        return self._guides.guide(constraint)
 
     def encode(self, prompt: Prompt | Int64, media: Media | None = None) -> Prompted:
         """A prompt as `prefill` takes it, with pictures in their places.
@@ -191,6 +235,8 @@ class Session(Context):
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        *,
+        constraint: Constraint | None = None,
     ) -> list[str]:
         """Answers each prompt from an empty context, one after the other.
 
@@ -205,7 +251,9 @@ class Session(Context):
         if isinstance(prompts, str):  # its characters would be the prompts
             raise UsageError("prompts come in a list", found=repr(prompts)[:80])
         ids = [generation.encode_prompt(self, p) for p in prompts]
-        streams = [self._generate(p, max_new_tokens, sampling, stop) for p in ids]
+        streams = [
+            self._generate(p, max_new_tokens, sampling, stop, constraint=constraint) for p in ids
+        ]
         with sharing(self, ids):
             return ["".join(stream) for stream in streams]
 
@@ -239,12 +287,14 @@ class Session(Context):
         reuse: bool = False,
         progress: Progress | None = None,
         media: Media | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         from edge_mmllm.text import StopMatcher
 
         matcher = StopMatcher(stop)
         _ = self.text
         ids = self.generate_tokens(
-            prompt, max_new_tokens, sampling, reuse=reuse, progress=progress, media=media
-        )
+            prompt, max_new_tokens, sampling, reuse=reuse, progress=progress, media=media,
+            constraint=constraint,
+        )  # fmt: skip
         return generation.pieces(self, ids, matcher)
