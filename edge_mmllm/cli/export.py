@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 
 #: The same words as the exporter's QUANT_NAMES, which is not imported for `--help`.
 QUANT_NAMES = ("f32", "f16", "int8", "int4")
-#: The same words as the exporter's GgufType.
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+#: The same words as the exporter's gguf_types.WORDS and KINDS.
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q5_K_M", "Q5_K_S",
+    "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", "IQ4_NL", "IQ4_XS",
+    "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+GGUF_KINDS = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q5_K", "Q4_K", "Q3_K",
+    "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
 FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
 
 
@@ -41,8 +49,16 @@ FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
 @click.option("--quant", type=click.Choice(QUANT_NAMES), default="int4", show_default=True)
 @click.option(
     "--gguf-type", type=click.Choice(GGUF_TYPES, case_sensitive=False),
-    help="With --format gguf: what matrices are stored as, instead of --quant.",
+    metavar="TYPE", help="With --format gguf: what matrices are stored as, instead of --quant, "
+    "e.g. Q4_K_M, Q6_K, IQ4_XS (K and I types through llama.cpp).",
 )  # fmt: skip
+@click.option(
+    "--imatrix", metavar="FILE",
+    help="Importance matrix for K and I types, of `edge-mmllm imatrix` or of llama.cpp.",
+)  # fmt: skip
+@click.option("--imatrix-text", metavar="FILE", help="Compute one from this text.")
+@click.option("--imatrix-chunks", type=click.IntRange(1), default=20, show_default=True,
+              help="Pieces of 512 tokens of that text.")  # fmt: skip
 @click.option(
     "--block-size", type=click.Choice(("32", "64", "128")), default="32", show_default=True,
     help="Weights that share a scale.",
@@ -65,7 +81,8 @@ FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
 )  # fmt: skip
 @click.option(
     "--override", "overrides", multiple=True, metavar="PATTERN=SCHEME",
-    help="Another scheme for some tensors, e.g. 'layers.0.*=int8'. May be given again.",
+    help="Another scheme for some tensors, e.g. 'layers.0.*=int8', or with --format gguf "
+    "'*.mlp.down=Q6_K'. May be given again.",
 )  # fmt: skip
 @click.option(
     "--inputs", type=click.Choice(("ids", "embeds")), default="ids", show_default=True,
@@ -100,7 +117,10 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     from edge_mmllm_export import exporter  # noqa: TID251
 
     options = _options(
-        given, recorded_command(ctx, ("source", "out", "tokenizer", "gate_text", "lora"))
+        given,
+        recorded_command(
+            ctx, ("source", "out", "tokenizer", "gate_text", "lora", "imatrix", "imatrix_text")
+        ),
     )
     source, as_json = given["source"], given["as_json"]
     if given["dry_run"]:
@@ -137,12 +157,13 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
     text = given["gate_text"]
     if text is not None and not Path(text).is_file():
         raise UsageError("--gate-text is no file", where=text, expected="a text in UTF-8")
+    own = [text for text in given["overrides"] if _gguf_kind(text) is None]
     plan = QuantPlan(
         name=given["quant"],
         block_size=int(given["block_size"]),
         zero=given["zero"],
         embedding=given["embedding_quant"],
-        overrides=tuple(parse_override(text) for text in given["overrides"]),
+        overrides=tuple(parse_override(text) for text in own),
         encoder=given["encoder_quant"],
         projector=given["projector_quant"],
     )
@@ -161,6 +182,22 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
         command=record,
         format=given["format_"],
         gguf_type=given["gguf_type"],
+        gguf_overrides=tuple(
+            (text.rpartition("=")[0], kind)
+            for text in given["overrides"]
+            if (kind := _gguf_kind(text)) is not None
+        ),
+        imatrix=given["imatrix"],
+        imatrix_text=given["imatrix_text"],
+        imatrix_chunks=given["imatrix_chunks"],
+    )
+
+
+def _gguf_kind(override: str) -> Any:
+    """The type of an override in GGUF's words; None of one in ours."""
+    pattern, _, name = override.rpartition("=")
+    return (
+        name.upper() if pattern and name.upper() in GGUF_KINDS and name not in QUANT_NAMES else None
     )
 
 

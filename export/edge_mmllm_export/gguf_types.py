@@ -11,11 +11,13 @@ Blocks of 32 weights along K, little-endian, scales (d) and minima (m) float16:
 | Q5_1 | 24 | d, m, uint32 of fifth bits, nibbles | q d + m |
 
 Source: ggml-common.h. The scales are searched as for every other format (`quantize.blocks`).
+
+The K and I types, whose arithmetic is llama.cpp's (`gguf_mixes`), are known here by their sizes.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +28,69 @@ from edge_mmllm_export.quantize.blocks import pack_nibbles, quantize
 from edge_mmllm_export.quantize.schemes import Scheme
 
 GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+#: What llama.cpp quantizes to: types of tensors, and files that mix them by its own rules.
+#: Left out: ternary types and MXFP4, for models that were trained so.
+Mix = Literal[
+    "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
+    "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS",
+    "IQ2_XXS", "IQ1_M", "IQ1_S",
+]  # fmt: skip
+GgufWord = Literal[GgufType, Mix]
+#: Types that a tensor may have.
+Kind = Literal[
+    GgufType, "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS",
+    "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+]  # fmt: skip
+WORDS: tuple[GgufWord, ...] = get_args(GgufType) + get_args(Mix)
+MIXES: tuple[Mix, ...] = get_args(Mix)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLAIN: tuple[GgufType, ...] = get_args(GgufType)
+#: Files that cannot be made without an importance matrix.
+#: Source: `tensor_requires_imatrix` in llama.cpp's src/llama-quant.cpp.
+NEED_IMATRIX = frozenset(
+    ("Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+)
+#: Types of tensors that cannot: but for embedding and head.
+KINDS_NEED_IMATRIX = frozenset(("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"))
+
 BLOCK = 32
 #: Bits of one weight, without its share of scales and minima.
-BITS: dict[GgufType, int] = {
+BITS: dict[Kind, int] = {
     "F32": 32, "F16": 16, "BF16": 16, "Q8_0": 8, "Q5_1": 5, "Q5_0": 5, "Q4_1": 4, "Q4_0": 4,
+    "Q6_K": 6, "Q5_K": 5, "Q4_K": 4, "Q3_K": 3, "Q2_K": 2, "IQ4_NL": 4, "IQ4_XS": 4, "IQ3_S": 3,
+    "IQ3_XXS": 3, "IQ2_S": 2, "IQ2_XS": 2, "IQ2_XXS": 2, "IQ1_M": 1, "IQ1_S": 1,
 }  # fmt: skip
-_BLOCK_BYTES: dict[GgufType, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
+#: Weights and bytes of a block.
+_BLOCKS: dict[Kind, tuple[int, int]] = {
+    "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24),
+    "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "Q3_K": (256, 110),
+    "Q2_K": (256, 84), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "IQ3_S": (256, 110),
+    "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
+    "IQ1_M": (256, 56), "IQ1_S": (256, 50),
+}  # fmt: skip
+#: Blocks with a minimum of their own.
+_ASYMMETRIC = frozenset(("Q4_1", "Q5_1", "Q5_K", "Q4_K", "Q2_K"))
 _LARGEST = float(np.finfo(np.float16).max)
 
 Bytes = NDArray[np.uint8]
 
 
-def row_bytes(kind: GgufType, k: int) -> int:
+def row_bytes(kind: Kind, k: int) -> int:
     """Stored bytes of a row of k weights."""
-    if kind in _BLOCK_BYTES:
-        return k // BLOCK * _BLOCK_BYTES[kind]
-    return k * BITS[kind] // 8
+    if kind not in _BLOCKS:
+        return k * BITS[kind] // 8
+    size, stored = _BLOCKS[kind]
+    return k // size * stored
+
+
+def block_size(kind: Kind) -> int | None:
+    """Weights in a block; None of plain numbers."""
+    return _BLOCKS[kind][0] if kind in _BLOCKS else None
+
+
+def symmetric(kind: Kind) -> bool | None:
+    """Whether a block has no minimum of its own; None of plain numbers."""
+    return kind not in _ASYMMETRIC if kind in _BLOCKS else None
 
 
 def encode(rows: Float32, kind: GgufType) -> Bytes:

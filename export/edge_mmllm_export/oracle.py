@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,18 @@ class Oracle:
     Args:
         keep_weights: hold matrices in memory (tiny models, many forwards); by default each is
             streamed from the checkpoint and dropped, so that memory stays bounded.
+        ops: what it computes with.
     """
 
     def __init__(
-        self, model: Architecture, weights: Mapping[str, Weight], *, keep_weights: bool = False
+        self,
+        model: Architecture,
+        weights: Mapping[str, Weight],
+        *,
+        keep_weights: bool = False,
+        ops: Callable[..., NumpyOps] = NumpyOps,
     ) -> None:
-        self.model, self.weights = model, weights
+        self.model, self.weights, self._ops = model, weights, ops
         self._cache: dict[str, Array] | None = {} if keep_weights else None
         self.reset()
 
@@ -50,7 +56,7 @@ class Oracle:
         model = getattr(self.model, "backbone", self.model)
         self.reset()
         if isinstance(model, EncoderDecoder):
-            op = NumpyOps(self.states, 0, None, self._cache)
+            op = self._ops(self.states, 0, None, self._cache)
             x = prompt if prompt.ndim == 2 else model.embed(op, self.weights, prompt)
             model.remember(op, self.weights, x)
 
@@ -60,7 +66,7 @@ class Oracle:
         if not isinstance(model, Onlooker):
             raise ValueError(f"{model.name} has no memory for pictures")
         memory = {s.name: s.shape.index(MEMORY) for s in model.states() if s.kind == "cross_kv"}
-        op = NumpyOps(dict(self.states), 0, None, self._cache)
+        op = self._ops(dict(self.states), 0, None, self._cache)
         model.remember_features(op, self.weights, features, np.asarray(span, np.int64))
         for name, axis in memory.items():
             self.states[name] = np.concatenate([self.states[name], op.states[name]], axis=axis)
@@ -77,7 +83,7 @@ class Oracle:
 
     def ops(self, rows: NDArray[np.int64] | None = None) -> NumpyOps:
         """The ops at the present position; `rows` get logits."""
-        return NumpyOps(self.states, self.position, rows, self._cache)
+        return self._ops(self.states, self.position, rows, self._cache)
 
     def embed(self, ids: NDArray[np.int64]) -> Array:
         """Token ids `(seq,)` -> `(seq, hidden)`."""

@@ -11,7 +11,7 @@ from edge_mmllm.bundle import QuantGroup
 from edge_mmllm.errors import MemoryLimitExceeded, UsageError
 from edge_mmllm_export import verify
 from edge_mmllm_export.formats import FORMATS, Artefact, Inputs, Job
-from edge_mmllm_export.gguf_types import GgufType
+from edge_mmllm_export.gguf_types import WORDS, GgufWord, Kind
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import TILE_BYTES, Weight
 
@@ -37,7 +37,12 @@ class ExportOptions:
         max_ram: bytes the export may use; refused up front where it would not do.
         workers: threads; None = what affinity and quota allow.
         format: a key of `formats.FORMATS`.
-        gguf_type: what GGUF stores matrices as, e.g. `Q5_1`; takes the place of the plan's name.
+        gguf_type: what GGUF stores matrices as, e.g. `Q4_K_M`; takes the place of the plan's name.
+        gguf_overrides: (pattern over our names, GGUF's type) of some matrices, as `plan.overrides`
+            in the format's own words; the last match wins.
+        imatrix: a file with an importance matrix, for what llama.cpp quantizes.
+        imatrix_text: a text to compute one from.
+        imatrix_chunks: pieces of 512 tokens of that text to read at most.
     """
 
     plan: QuantPlan = field(default_factory=QuantPlan)
@@ -53,23 +58,33 @@ class ExportOptions:
     force: bool = False
     command: str = ""
     format: str = "onnx"
-    gguf_type: GgufType | None = None
+    gguf_type: GgufWord | None = None
+    gguf_overrides: tuple[tuple[str, Kind], ...] = ()
+    imatrix: str | None = None
+    imatrix_text: str | None = None
+    imatrix_chunks: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_ram", "context"):
+        for name in ("workers", "max_ram", "context", "imatrix_chunks"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number above 0", found=repr(value))
         if self.format not in FORMATS:
             raise UsageError("unknown format", expected=" | ".join(FORMATS), found=self.format)
-        if self.gguf_type is not None and (
-            self.format != "gguf" or self.gguf_type not in get_args(GgufType)
-        ):
+        if self.gguf_type is not None and (self.format != "gguf" or self.gguf_type not in WORDS):
             raise UsageError(
                 "gguf_type does not fit",
-                expected=f"with format gguf: {' | '.join(get_args(GgufType))}",
+                expected=f"with format gguf: {' | '.join(WORDS)}",
                 found=f"{self.gguf_type!r} with format {self.format}",
             )
+        matrix = self.imatrix or self.imatrix_text
+        if self.format != "gguf" and (matrix or self.gguf_overrides):
+            raise UsageError(
+                "importance matrices and GGUF's types are for --format gguf",
+                found=matrix or f"{self.gguf_overrides[0][0]}={self.gguf_overrides[0][1]}",
+            )
+        if self.imatrix is not None and self.imatrix_text is not None:
+            raise UsageError("--imatrix and --imatrix-text exclude each other", expected="one")
         if self.inputs not in get_args(Inputs):
             raise UsageError(
                 "unknown inputs", expected=" | ".join(get_args(Inputs)), found=repr(self.inputs)
@@ -127,7 +142,7 @@ def plan_of(job: Job, artefact: Artefact) -> ExportPlan:
         tensors=len(job.weights),
         groups=groups,
         disk_bytes=artefact.size_bytes,
-        peak_ram_bytes=ram,
+        peak_ram_bytes=max(ram, artefact.child_ram_bytes),
         gate_ram_bytes=_gate_ram(groups, model.vocab_size, model.context_length),
         context_length=model.context_length,
         state_bytes_per_token=sum(s.size_bytes(1) for s in states if s.grows),

@@ -6,9 +6,7 @@ request as JSON on stdin, writes `golden.npz` into the draft bundle and prints t
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_mmllm._children import python_command
+from edge_mmllm._children import die_with_parent, python_command
 from edge_mmllm.bundle import GoldenMedia
 from edge_mmllm.errors import EdgeError, ExportError, UsageError
 from edge_mmllm_export import verify_media
@@ -41,8 +39,6 @@ Int64 = NDArray[np.int64]
 GATE_TOKENS = 256
 #: Positions whose logits go into the golden vectors.
 GOLDEN_ROWS = 8
-#: Source: linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
 _TEXT = Path(__file__).with_name("gate_text.txt")
 #: Read of a text: more than enough for `GATE_TOKENS`.
 _TEXT_CHARACTERS = 1 << 16
@@ -75,8 +71,12 @@ class Thresholds:
 THRESHOLDS = {
     "f32": Thresholds(1e-5, 1e-4, 1.0, 1e-3, 1e-5),
     "f16": Thresholds(1e-3, 1e-2, 0.99, 5e-3, 1e-5),
+    "bf16": Thresholds(1e-3, 1e-2, 0.98, 5e-3, 1e-3),
     "int8": Thresholds(0.02, 0.15, 0.97, 0.03, 0.03),
     "int4": Thresholds(0.8, 4.0, 0.65, 0.6, 0.03),
+    "int3": Thresholds(1.5, 8.0, 0.4, 2.0, 0.03),
+    "int2": Thresholds(4.0, 12.0, 0.2, 20.0, 0.05),
+    "int1": Thresholds(8.0, 16.0, 0.0, 1000.0, 0.05),
 }
 
 
@@ -225,7 +225,7 @@ def run(request: Request) -> dict[str, Any]:
     stored = weights
     if scheme != "f32":
         planned, form = bind_weights(request.plan.of), output_format(request.format)
-        stored = form.as_stored(model, planned, request.plan, request.variant)
+        stored = form.as_stored(model, planned, request.plan, request.variant, Path(request.bundle))
     limit = min(GATE_TOKENS, model.context_length or GATE_TOKENS)
     judged: list[_Judged] = []
     with load(request.bundle, threads=request.threads, context=None) as session:
@@ -367,15 +367,9 @@ def plan_scheme(plan: QuantPlan) -> str:
     return max(names, key=order.index)
 
 
-def _die_with_parent() -> None:
-    """On Linux, an export that is killed (SIGKILL) takes its gate along."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> int:
     """Entry point of the child: request on stdin, figures on stdout."""
-    _die_with_parent()
+    die_with_parent()
     request = Request.from_json(json.load(sys.stdin))
     try:
         figures = run(request)

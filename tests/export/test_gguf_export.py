@@ -24,6 +24,8 @@ from edge_mmllm_export import gguf as ours
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import TextAssets
 from edge_mmllm_export.checkpoints.gguf_text import gguf_text
+from edge_mmllm_export.gguf_layout import Wanted
+from edge_mmllm_export.gguf_stored import as_stored
 from edge_mmllm_export.gguf_vocab import vocabulary
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
@@ -36,8 +38,9 @@ def convert(source, path, kind="F32", *, workers=1):
     """A checkpoint as GGUF; returns the file as the `gguf` package reads it."""
     plan = ours.plan_for(kind, QuantPlan())
     loaded = load(source, plan)
-    file = ours.layout(loaded.model, loaded.weights, plan, kind)
-    ours.write(file, NONE, open_checkpoint(source), path, workers=workers)
+    checkpoint = open_checkpoint(source)
+    file = ours.layout(loaded.model, loaded.weights, Wanted(plan, kind), checkpoint)
+    ours.write(file, NONE, checkpoint, path, workers=workers)
     return gguf.GGUFReader(path)
 
 
@@ -239,10 +242,10 @@ def test_the_oracle_can_compute_with_what_is_stored(kind, tmp_path):
     source = FOLDER / "llama"
     plan = ours.plan_for(kind, QuantPlan())
     loaded = load(source, plan)
-    file = ours.layout(loaded.model, loaded.weights, plan, kind)
-    convert(source, tmp_path / "m.gguf", kind)
-    read = load(tmp_path / "m.gguf").weights
-    for name, w in ours.as_stored(file, loaded.weights).items():
+    path = tmp_path / "m.gguf"
+    convert(source, path, kind)
+    read = load(path).weights
+    for name, w in as_stored(loaded.model, loaded.weights, Wanted(plan, kind), path).items():
         np.testing.assert_array_equal(w.rows(), read[name].rows(), err_msg=name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edge_mmllm.bundle import BundleWriter, QuantGroup
@@ -50,7 +51,8 @@ class Artefact(Protocol):
 
     Attributes:
         groups: bytes of the weights by role and scheme.
-        size_bytes: of all files that it will write.
+        size_bytes: of all files that it will write, those of passage included.
+        child_ram_bytes: memory of a process that it starts to write them; 0 where it starts none.
         context_length: the longest that the engine computes rightly; None = unbounded.
         states: the contract; empty where the engine keeps its states to itself.
         details: of `model.details`.
@@ -61,6 +63,9 @@ class Artefact(Protocol):
 
     @property
     def size_bytes(self) -> int: ...
+
+    @property
+    def child_ram_bytes(self) -> int: ...
 
     @property
     def context_length(self) -> int | None: ...
@@ -111,12 +116,18 @@ class Format(Protocol):
         ...
 
     def as_stored(
-        self, model: Architecture, weights: Mapping[str, Weight], plan: QuantPlan, word: str | None
+        self,
+        model: Architecture,
+        weights: Mapping[str, Weight],
+        plan: QuantPlan,
+        word: str | None,
+        folder: Path,
     ) -> dict[str, Weight]:
         """The weights, bound with the plan's schemes, as a reader of the artefact sees them.
 
         Args:
             word: of `variant`.
+            folder: where the artefact lies.
         """
         ...
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export import gguf
+from edge_mmllm_export import gguf, gguf_mixes
 from edge_mmllm_export.formats.base import Advance, Job, Written
-from edge_mmllm_export.gguf_types import GgufType
+from edge_mmllm_export.gguf_layout import GgufFile, Wanted
+from edge_mmllm_export.gguf_stored import as_stored
+from edge_mmllm_export.gguf_types import BITS, MIXES, GgufWord
+from edge_mmllm_export.imatrix import read as read_imatrix
+from edge_mmllm_export.imatrix_collect import Calibration, collect
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.verify import plan_scheme
@@ -31,10 +36,15 @@ _VOCABULARY_SHARE = 3
 
 @dataclass(frozen=True)
 class GgufArtefact:
-    """One file (see `gguf.layout`)."""
+    """One file (see `gguf.layout`).
+
+    Attributes:
+        importance: for what llama.cpp quantizes.
+    """
 
     job: Job
-    file: gguf.GgufFile
+    file: GgufFile
+    importance: gguf.Importance | None = None
 
     @cached_property
     def groups(self) -> tuple[QuantGroup, ...]:
@@ -43,7 +53,14 @@ class GgufArtefact:
     @property
     def size_bytes(self) -> int:
         vocabulary = len(self.job.text.tokenizer_json or b"")
-        return self.file.size_bytes + _VOCABULARY_SHARE * vocabulary + _BESIDE_BYTES
+        text = _VOCABULARY_SHARE * vocabulary * (2 if self.file.word else 1)
+        return self.file.size_bytes + self.file.draft_bytes + text + _BESIDE_BYTES
+
+    @property
+    def child_ram_bytes(self) -> int:
+        if not self.file.word:
+            return 0
+        return gguf_mixes.ram_bytes(max(t.written_bytes for t in self.file.tensors))
 
     @property
     def context_length(self) -> int | None:
@@ -60,8 +77,9 @@ class GgufArtefact:
     def write(self, writer: BundleWriter, progress: Advance) -> Written:
         job, path = self.job, writer.path(gguf.FILE)
         stage = gguf.write(
-            self.file, job.text, job.checkpoint, path, workers=job.workers, progress=progress
-        )
+            self.file, job.text, job.checkpoint, path,
+            importance=self.importance, workers=job.workers, progress=progress,
+        )  # fmt: skip
         return Written({"decoder": stage}, {"architecture": self.file.map.architecture})
 
 
@@ -82,22 +100,49 @@ class GgufFormat:
     def layout(self, job: Job, options: ExportOptions) -> GgufArtefact:
         if options.inputs != "ids":
             raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
-        file = gguf.layout(job.model, job.weights, options.plan, options.gguf_type)
-        return GgufArtefact(job, file)
+        wanted = Wanted(options.plan, options.gguf_type, options.gguf_overrides)
+        importance = _importance(job, options)
+        file = gguf.layout(job.model, job.weights, wanted, job.checkpoint, importance)
+        return GgufArtefact(job, file, importance)
 
     def as_stored(
-        self, model: Architecture, weights: Mapping[str, Weight], plan: QuantPlan, word: str | None
+        self,
+        model: Architecture,
+        weights: Mapping[str, Weight],
+        plan: QuantPlan,
+        word: str | None,
+        folder: Path,
     ) -> dict[str, Weight]:
-        file = gguf.layout(model, weights, plan, cast("GgufType | None", word))
-        return gguf.as_stored(file, weights)
+        wanted = Wanted(plan, cast("GgufWord | None", word))
+        return as_stored(model, weights, wanted, folder / gguf.FILE)
 
     def judged_as(self, options: ExportOptions) -> str:
-        return plan_scheme(options.plan)
+        kinds = [kind for _, kind in options.gguf_overrides]
+        bits = [BITS[kind] for kind in kinds]
+        if options.gguf_type in MIXES:
+            bits.append(int(options.gguf_type.lstrip("I")[1]))
+        if bits and min(bits) < 4:
+            return f"int{min(bits)}"
+        scheme = plan_scheme(options.plan)
+        if bits and min(bits) < 8:
+            return "int4"
+        return "bf16" if scheme == "f16" and "BF16" in (options.gguf_type, *kinds) else scheme
 
     def unjudged(self, options: ExportOptions) -> str | None:
         if importlib.util.find_spec("llama_cpp") is not None:
             return None
         return "llama.cpp is not installed: pip install 'edge-mmllm[gguf]', then edge-mmllm check"
+
+
+def _importance(job: Job, options: ExportOptions) -> gguf.Importance | None:
+    """The matrix that was asked for: read now, or computed when it is needed."""
+    if options.imatrix is not None:
+        return read_imatrix(Path(options.imatrix))
+    if options.imatrix_text is None:
+        return None
+    calibration = Calibration(options.imatrix_text, options.imatrix_chunks)
+    calibration.check(job.text)
+    return partial(collect, job.model, job.weights, job.text, calibration)
 
 
 GGUF = GgufFormat()

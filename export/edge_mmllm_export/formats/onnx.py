@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.bundle import BundleWriter, QuantGroup
@@ -40,6 +41,10 @@ class OnnxArtefact:
     @property
     def size_bytes(self) -> int:
         return sum(g.size_bytes for g in self.groups) + _BESIDE_BYTES
+
+    @property
+    def child_ram_bytes(self) -> int:
+        return 0
 
     @property
     def context_length(self) -> int | None:
@@ -82,7 +87,12 @@ class OnnxFormat:
         return OnnxArtefact(job, options.inputs)
 
     def as_stored(
-        self, model: Architecture, weights: Mapping[str, Weight], plan: QuantPlan, word: str | None
+        self,
+        model: Architecture,
+        weights: Mapping[str, Weight],
+        plan: QuantPlan,
+        word: str | None,
+        folder: Path,
     ) -> dict[str, Weight]:
         return bound.as_stored(weights)
 

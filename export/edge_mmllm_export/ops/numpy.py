@@ -96,7 +96,7 @@ class NumpyOps(NumpyVision, NumpyMemory):
         groups: int = 1,
         bias: Weight | None = None,
     ) -> Array:
-        parts = x.reshape(x.shape[0], groups, -1)
+        parts = x.reshape(x.shape[0], groups, x.shape[1] // groups)
         if bias is not None:
             parts = parts - parts.mean(axis=-1, keepdims=True)
         mean_square = np.mean(parts * parts, axis=-1, keepdims=True)
