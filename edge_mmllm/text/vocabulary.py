@@ -3,7 +3,8 @@
 A tokenizer turns ids into text by its decoder, not token by token, so a table is read from what
 the decoder is made of: byte-level vocabularies write each byte as a printable character (Source:
 GPT-2's `encoder.py`), SentencePiece-like ones mark a space (U+2581) and write single bytes as
-`<0xE2>`. Other decoders join tokens by rules of their own; for those there is no table.
+`<0xE2>`; Fuse puts tokens together as they are. Other decoders join tokens by rules of their own;
+for those there is no table.
 """
 
 from __future__ import annotations
@@ -69,16 +70,16 @@ def _reader(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:
         return _byte_level()
     marks = [_mark(part) for part in parts.values()]
     mark = next((m for m in marks if m), None)
-    if mark is None and "ByteFallback" not in parts:
+    if mark is None and "ByteFallback" not in parts and set(parts) != {"Fuse"}:
         raise UsageError(
             "this tokenizer does not say which bytes a token stands for",
-            expected="a decoder ByteLevel, Metaspace, or ByteFallback with Replace",
+            expected="a decoder ByteLevel, Metaspace, ByteFallback with Replace, or Fuse",
             found=", ".join(str(name) for name in parts) or "no decoder",
             fix="generate without a constraint",
         )
 
     def marked(name: str) -> bytes:
-        if byte := _BYTE.fullmatch(name):
+        if "ByteFallback" in parts and (byte := _BYTE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         return (name.replace(mark, " ") if mark else name).encode("utf-8")
 

@@ -332,8 +332,9 @@ class Matching:
         """Whether nothing may follow but the end."""
         return bool(self._matcher.is_stopped())
 
-    def masked(self, logits: Float32) -> Float32:
-        """Logits `(vocab,)`, with minus infinity for what may not follow.
+    def masked(self, logits: Float32) -> Float32 | None:
+        """Logits `(vocab,)`, with minus infinity for what may not follow; None where nothing but
+        the end may, and the model has no token for it.
 
         Raises:
             SessionError: the grammar became too complex.
@@ -343,6 +344,8 @@ class Matching:
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little")
         allowed: NDArray[np.bool_] = bits.view(np.bool_)
         if not allowed.any():
+            if self._matcher.is_accepting():
+                return None
             self._fail()
         result: Float32 = np.where(allowed, logits, np.float32(-np.inf))
         self.cost.mask_ms += 1e3 * (time.perf_counter() - started)

@@ -63,7 +63,11 @@ def constrained_loop(
                     logits = _read_on(session, unread)
                     version = session.version
                     unread.clear()
-                token = sampler.pick(matching.masked(logits))
+                masked = matching.masked(logits)
+                if masked is None:
+                    session.finish_reason = "grammar"
+                    return
+                token = sampler.pick(masked)
                 if token in stop_ids:
                     session.finish_reason = "eos"
                     return
