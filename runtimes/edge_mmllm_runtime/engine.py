@@ -50,7 +50,9 @@ class Engine(Protocol):
         version: the version of the engine underneath, e.g. onnxruntime's.
         threads: threads it computes with.
         capacity: tokens its states have room for; None where no state grows.
-        accepts_embeddings: whether `forward` takes float32 `(seq, hidden)` input.
+        accepts_embeddings: whether `forward` takes float32 `(seq, hidden)` input. An engine that
+            keeps its token embeddings to itself has `takes_prompts = True`: `forward` is then
+            given a `Prompted` where rows stand between tokens.
         state_capacity_bytes: bytes reserved for states, second buffers included. Memory that
             was never written may not be committed yet.
     """

@@ -26,7 +26,9 @@ from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, StateMismatch
 from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.gguf_stages import Stages
 from edge_mmllm_runtime.llama import Model, log
+from edge_mmllm_runtime.prompted import Prompted, parts
 
 #: The state of every GGUF model, as the session sees it: uint8 `(bytes,)`.
 STATE = StateSpec("llama.cpp", (MEMORY,), "uint8", "opaque")
@@ -46,7 +48,14 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> GgufEngine:
     if stage is None:
         raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
     path = bundle.file(stage.file)
-    return GgufEngine(bundle.spec, path, threads=options.threads, context=options.context)
+    others = {n: s.file for n, s in bundle.spec.stages.items() if s.file != stage.file}
+    return GgufEngine(
+        bundle.spec,
+        path,
+        threads=options.threads,
+        context=options.context,
+        media={name: bundle.file(file) for name, file in others.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class GgufEngine:
         path: the GGUF file, mapped into memory.
         threads: to compute with.
         context: tokens to make room for; None where no state grows.
+        media: the file of each stage before the decoder.
 
     Raises:
         CorruptBundle: llama.cpp refuses the file, or it is not as the spec says.
@@ -72,8 +82,17 @@ class GgufEngine:
     """
 
     name = "gguf"
+    takes_prompts = True
 
-    def __init__(self, spec: ModelSpec, path: Path, *, threads: int, context: int | None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        path: Path,
+        *,
+        threads: int,
+        context: int | None,
+        media: Mapping[str, Path] | None = None,
+    ) -> None:
         self.version: str = "llama-cpp-python " + version("llama-cpp-python")
         self.threads = threads
         self.model = Model(path)
@@ -89,9 +108,11 @@ class GgufEngine:
                     found=f"{found[0]} tokens, width {found[1]}",
                 )
             self._vocab, self._hidden = found
+            self._exact = spec.details.get("gguf", {}).get("file_type") == "ALL_F32"
             self._cuts = not (self.model.recurrent or self.model.hybrid)
             self.capacity = None if self.model.recurrent else context
-            self.accepts_embeddings = False
+            self.accepts_embeddings = True
+            self._stages = Stages(spec, media or {}, self.model, threads)
             self._lost, self._filled = False, 0
             first = BATCH if self.capacity is None else min(self.capacity, FIRST_CONTEXT)
             self._open(first)
@@ -108,6 +129,8 @@ class GgufEngine:
         params.n_threads = params.n_threads_batch = self.threads
         # With flash attention the logits of a token depend on the chunk that it came in.
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if self._exact:  # of a model in float32 the caches are too: what ONNX computes
+            params.type_k = params.type_v = api.GGML_TYPE_F32
         params.no_perf, params.offload_kqv, params.op_offload = True, False, False
         log.restart()
         context = api.llama_init_from_model(self.model.pointer, params)
@@ -128,9 +151,10 @@ class GgufEngine:
         pointer = ctypes.POINTER(ctypes.c_int32)
         sequence = self._sequence.ctypes.data_as(pointer)
         self._sequences = (pointer * BATCH)(*[sequence] * BATCH)
+        self._token_pointer = self._tokens.ctypes.data_as(pointer)
         self._batch = api.llama_batch(
             n_tokens=1,
-            token=self._tokens.ctypes.data_as(pointer),
+            token=self._token_pointer,
             pos=self._places.ctypes.data_as(pointer),
             n_seq_id=self._counts.ctypes.data_as(pointer),
             seq_id=self._sequences,
@@ -152,16 +176,23 @@ class GgufEngine:
         self._put(state, position)
 
     def forward(
-        self, chunk: Int64 | Float32, position: int, rows: Int64, places: Int64 | None = None
+        self,
+        chunk: Int64 | Float32 | Prompted,
+        position: int,
+        rows: Int64,
+        places: Int64 | None = None,
     ) -> Float32:
-        """See `Engine.forward`."""
+        """See `Engine.forward`; rows of a prompt go in as embeddings, its tokens as tokens."""
         logits = np.empty((len(rows), self._vocab), np.float32)
         end = position + len(chunk)
         self._ready(end)
-        for start in range(0, len(chunk), BATCH):
-            part = chunk[start : start + BATCH]
+        for start, part in parts(chunk, BATCH):
             count = len(part)
-            self._tokens[:count] = part
+            if part.dtype == np.float32:
+                self._batch.token, self._batch.embd = None, _floats(part)
+            else:
+                self._tokens[:count] = part
+                self._batch.token, self._batch.embd = self._token_pointer, None
             self._places[:count] = np.arange(position + start, position + start + count)
             self._wanted[:count] = 0
             within = np.flatnonzero((rows >= start) & (rows < start + count))
@@ -177,7 +208,7 @@ class GgufEngine:
         """See `Engine.step`."""
         self._ready(position + 1)
         self._tokens[0], self._places[0], self._wanted[0] = token, position, 1
-        self._batch.n_tokens = 1
+        self._batch.n_tokens, self._batch.token, self._batch.embd = 1, self._token_pointer, None
         self._run(position)
         self._filled = position + 1
         return self._row(0)
@@ -297,14 +328,12 @@ class GgufEngine:
         raise SessionError("llama.cpp keeps its token embeddings to itself")
 
     def load_stage(self, name: str) -> bool:
-        """See `Engine.load_stage`: there is the decoder only, and it is loaded."""
-        if name != "decoder":
-            raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
-        return False
+        """See `Engine.load_stage`: the decoder is loaded from the beginning."""
+        return name != "decoder" and self._stages.load(name)
 
     def run_stage(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
         """See `Engine.run_stage`."""
-        raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+        return self._stages.run(name, inputs)
 
     def remember(
         self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
@@ -314,14 +343,20 @@ class GgufEngine:
 
     def release(self, name: str) -> bool:
         """See `Engine.release`."""
-        return False
+        return self._stages.release(name)
 
     def close(self) -> None:
         """See `Engine.close`."""
         context, self._context = self._context, None
         if context:
             self._api.llama_free(context)
+        if hasattr(self, "_stages"):
+            self._stages.close()
         self.model.close()
+
+
+def _floats(array: NDArray[Any]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
 def _bytes(array: NDArray[np.uint8]) -> Any:

@@ -8,7 +8,7 @@ taken for another's: the prompt cache, `reuse` and state files compare identitie
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,3 +134,21 @@ class Prompted:
                 span.first : span.first + span.count
             ]
         return out
+
+
+def parts(chunk: Int64 | Float32 | Prompted, longest: int) -> Iterator[tuple[int, Int64 | Float32]]:
+    """A chunk as runs of ids `(n,)` and of rows float32 `(n, hidden)`, at most `longest` each, with
+    the place that each begins at."""
+    if not isinstance(chunk, Prompted):
+        for start in range(0, len(chunk), longest):
+            yield start, chunk[start : start + longest]
+        return
+    done = 0
+    for span in (*chunk.spans, Span(len(chunk), 0, 0, lambda: np.empty((0, 0), np.float32))):
+        for start in range(done, span.start, longest):
+            yield start, chunk.tokens[start : min(start + longest, span.start)]
+        rows = span.rows()[span.first : span.first + span.count]
+        for start in range(0, span.count, longest):
+            part = np.ascontiguousarray(rows[start : start + longest], np.float32)
+            yield span.start + start, part
+        done = span.start + span.count

@@ -46,9 +46,9 @@ def identities(x: Given) -> Int64 | None:
     return cast("Int64", x) if x.ndim == 1 else None
 
 
-def decoder_input(engine: Engine, x: Given) -> Int64 | Float32:
-    """What the decoder takes."""
-    if not isinstance(x, Prompted):
+def decoder_input(engine: Engine, x: Given) -> Any:
+    """What the decoder takes: ids, embeddings, or a prompt where the engine reads one itself."""
+    if not isinstance(x, Prompted) or (x.spans and getattr(engine, "takes_prompts", False)):
         return x
     return x.embeddings(engine.embed) if x.spans else x.tokens
 
