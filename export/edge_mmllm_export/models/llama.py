@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,8 @@ class LlamaConfig:
         post_norm: norms after attention and MLP instead of before (olmo2).
         windows: sliding window of each layer, None = full attention.
         inv_freq: rotary frequencies, float32 `(head_dim / 2,)`, scaling applied.
-        rope_theta: their base, for formats that name it.
+        rope_theta: their base, and rope_scaling: what a `llama3` config says, for formats that
+            name them.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class LlamaConfig:
     post_norm: bool = False
     permuted: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
 
 
 class Llama:
@@ -321,6 +323,7 @@ def _hub_config(checkpoint: Checkpoint, where: str, context: int | None) -> Llam
         context_length=_context(f.size("max_position_embeddings", 2048), context),
         inv_freq=scaled_frequencies(theta, head_dim, scaling, where),
         rope_theta=theta,
+        rope_scaling=scaling if scaling.get("rope_type") == "llama3" else None,
         tied=f.flag("tie_word_embeddings", False),
         windows=_windows(f, model_type, layers),
         activation=_ACTIVATIONS[act],
