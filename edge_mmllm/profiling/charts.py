@@ -19,6 +19,8 @@ _DASHES = ("", "6 3", "2 3", "9 3 2 3")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 10, 40
 _HEIGHT = 250
 _ROW = 40
+#: Values this many times apart are drawn on a logarithmic axis: the small ones would not be seen.
+_WIDE = 30
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,50 @@ def number(value: float) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
+def wide(values: Sequence[float]) -> bool:
+    """Whether values lie so far apart that an axis is logarithmic."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > _WIDE
+
+
 def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
-    """Horizontal bars from 0, each with its name above and its value behind."""
+    """Horizontal bars from 0, each with its name above and its value behind; where the values are
+    `wide`, points on a logarithmic axis, since a bar's length would mean nothing."""
     largest = max((max(r.value, r.high or 0) for r in rows), default=0) or 1
-    scale = (WIDTH - 92) / largest
+    log = wide([r.value for r in rows])
+    least = 10 ** math.floor(math.log10(min(r.value for r in rows))) if log else 0.0
+
+    def across(value: float) -> float:
+        if log:
+            share = math.log(max(value, least) / least) / math.log(largest / least)
+        else:
+            share = value / largest
+        return max(share * (WIDTH - 92), 1)
+
     shapes = []
     for i, row in enumerate(rows):
         y = _ROW * i
-        end = max(row.value * scale, 1)
+        end = across(row.value)
         shapes.append(f"<text x='0' y='{y + 13}'>{text(_short(row.label, 58))}</text>")
+        told = f"<title>{text(row.label)}: {number(row.value)} {text(unit)}{text(row.note)}</title>"
+        colour = row.colour % COLOURS
         shapes.append(
-            f"<rect class='c{row.colour % COLOURS}' x='0' y='{y + 18}' width='{end:.1f}' "
-            f"height='14'><title>{text(row.label)}: {number(row.value)} "
-            f"{text(unit)}{text(row.note)}</title></rect>"
+            f"<path class='grid' d='M0 {y + 25}H{WIDTH - 92}'/>"
+            f"<circle class='c{colour}' cx='{end:.1f}' cy='{y + 25}' r='6'>{told}</circle>"
+            if log
+            else f"<rect class='c{colour}' x='0' y='{y + 18}' width='{end:.1f}' height='14'>"
+            f"{told}</rect>"
         )
-        tip = end
+        tip = end + (4 if log else 0)
         if row.low is not None and row.high is not None:
-            a, b = row.low * scale, row.high * scale
+            a, b = across(row.low), across(row.high)
             tip = max(tip, b)
             shapes.append(
                 f"<path class='whisker' d='M{a:.1f} {y + 25}H{b:.1f}M{a:.1f} {y + 21}v8"
                 f"M{b:.1f} {y + 21}v8'/>"
             )
         shapes.append(f"<text x='{tip + 6:.1f}' y='{y + 30}'>{number(row.value)}</text>")
-    return _svg(title, f"bars in {unit}", _ROW * len(rows), shapes)
+    about = f"points on a logarithmic axis, {unit}" if log else f"bars in {unit}"
+    return _svg(title, about, _ROW * len(rows), shapes)
 
 
 def stacked(
@@ -124,7 +146,7 @@ def lines(
     title: str, x_title: str, y_title: str, series: Sequence[Line], *, marks: bool = True,
     log_x: bool = False, from_zero: bool = True,
 ) -> str:  # fmt: skip
-    """Lines over two axes; y begins at 0 unless told."""
+    """Lines over two axes; y begins at 0 unless told, and is logarithmic where it is `wide`."""
     points = [p for line in series for p in line.points]
     if not points:
         return ""
@@ -149,14 +171,14 @@ def lines(
 
 def scatter(
     title: str, x_title: str, y_title: str, points: Sequence[Point],
-    front: Sequence[tuple[float, float]] = (),
+    fronts: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> str:  # fmt: skip
-    """Points over two axes, and a line through those of the Pareto front."""
+    """Points over two axes, and a line through each Pareto front."""
     if not points:
         return ""
     frame = _Frame.over([(p.x, p.y) for p in points], log_x=False, from_zero=True)
     shapes = frame.axes(x_title, y_title)
-    if len(front) > 1:
+    for front in fronts:
         path = "M" + "L".join("{:.1f} {:.1f}".format(*frame.place(x, y)) for x, y in front)
         shapes.append(f"<path class='front' d='{path}'><title>Pareto front</title></path>")
     for p in points:
@@ -203,6 +225,7 @@ class _Frame:
     x_ticks: Sequence[float]
     y_ticks: Sequence[float]
     log_x: bool
+    log_y: bool
 
     @classmethod
     def over(cls, points: Sequence[tuple[float, float]], *, log_x: bool, from_zero: bool) -> _Frame:
@@ -215,16 +238,18 @@ class _Frame:
             x_ticks: Sequence[float] = [2.0**i for i in range(low, high + stride, stride)]
         else:
             x_ticks = ticks(min(0.0, *xs), max(xs))
-        y_low = min(0.0, *ys) if from_zero else min(ys)
-        return cls(x_ticks, ticks(y_low, max(ys)), log_x)
+        if log_y := wide(ys):
+            low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+            stride = -(-(high - low) // 6)
+            y_ticks: Sequence[float] = [10.0**i for i in range(low, high + stride, stride)]
+        else:
+            y_ticks = ticks(min(0.0, *ys) if from_zero else min(ys), max(ys))
+        return cls(x_ticks, y_ticks, log_x, log_y)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """A value's place in the picture."""
-        left, right, value = self.x_ticks[0], self.x_ticks[-1], x
-        if self.log_x:
-            left, right, value = math.log2(left), math.log2(right), math.log2(x)
-        across = (value - left) / (right - left)
-        up = (y - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
+        across = _share(x, self.x_ticks, log=self.log_x)
+        up = _share(y, self.y_ticks, log=self.log_y)
         return (
             _LEFT + across * (WIDTH - _LEFT - _RIGHT),
             _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
@@ -256,7 +281,17 @@ class _Frame:
         return shapes
 
 
+def _share(value: float, along: Sequence[float], *, log: bool) -> float:
+    """How far along an axis a value lies, 0 to 1."""
+    low, high = along[0], along[-1]
+    if log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
 def _tick(value: float) -> str:
+    if 0 < value < 0.01:
+        return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:.6g}"
 
 

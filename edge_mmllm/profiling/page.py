@@ -19,6 +19,7 @@ from edge_mmllm.profiling.view import (
     chosen,
     devices,
     gates,
+    grouped,
     label,
     names,
     pareto,
@@ -90,7 +91,7 @@ def page(title: str, results: Sequence[Result], extra: Sequence[str] = ()) -> st
             _memory_over_time(shown, colours),
             _against_context(results, colours),
             _pareto(shown, colours),
-            _throttling(shown, colours),
+            _throttling(results, colours),
         )
         if figure
     ]
@@ -165,6 +166,8 @@ def _rate_bars(
         ends = numbers(r.record.get(f"{field}_ci95"))
         low, high = ends if len(ends) == 2 else (None, None)
         rows.append(Bar(label(r, of=shown), value, colours[r.name], low, high, f" ({r.source})"))
+    if charts.wide([row.value for row in rows]):
+        about += "; a logarithmic axis"
     return _figure(title, about, charts.bars(title, rows, "tokens/s") if rows else "")
 
 
@@ -304,29 +307,32 @@ def _against_context(results: Sequence[Result], colours: dict[str, int]) -> str:
 
 def _pareto(shown: Sequence[Result], colours: dict[str, int]) -> str:
     points, what = [], ""
+    models: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for r in shown:
         told, size = quality(r), r.number("size_bytes")
         if told is not None and size:
             what = told[0]
             points.append(Point(r.name, size / 1e6, told[1], colours[r.name]))
+            model = (r.text("architecture"), r.text("parameters"))
+            models.setdefault(model, []).append((size / 1e6, told[1]))
     if len(points) < 2:
         return ""
-    front = pareto([(p.x, p.y) for p in points])
+    fronts = [front for values in models.values() if len(front := pareto(values)) > 1]
     svg = charts.scatter("Quality against size", "bundle in MB", f"{what}, less is better", points,
-                         front)  # fmt: skip
-    about = "what the quality gate lost against the model in float32; dashed: the Pareto front. "
-    about += "Compare bundles of the same model only"
+                         fronts)  # fmt: skip
+    about = "what the quality gate lost against the model in float32; dashed: the Pareto front of "
+    about += "the bundles of one model"
     rows = [(p.label, charts.number(p.x), charts.number(p.y)) for p in points]
     more = _details(table("Quality against size", ("bundle", "MB", what), rows))
     legend = charts.legend([(p.label, p.colour) for p in points])
     return _figure("Quality against size", about, svg, after=legend + more)
 
 
-def _throttling(shown: Sequence[Result], colours: dict[str, int]) -> str:
+def _throttling(results: Sequence[Result], colours: dict[str, int]) -> str:
+    longest = {r.name: r for r in results if len(r.rows("sustained", "points")) > 1}  # the last
     series = [
-        Line(label(r, of=shown), points, colours[r.name])
-        for r in shown
-        if len(points := _curve(r.rows("sustained", "points"), 1, 1)) > 1
+        Line(r.name, _curve(r.rows("sustained", "points"), 1, 1), colours[r.name])
+        for r in longest.values()
     ]
     if not series:
         return ""
@@ -338,7 +344,7 @@ def _throttling(shown: Sequence[Result], colours: dict[str, int]) -> str:
 
 def _figures(results: Sequence[Result]) -> str:
     heads = ("bundle", *[c.title for c in COLUMNS])
-    rows = [(r.name, *[c.cell(r) for c in COLUMNS]) for r in results]
+    rows = [(r.name, *[c.cell(r) for c in COLUMNS]) for r in grouped(results)]
     words = [i for i, head in enumerate(heads) if head == "noise"]
     return table("Every result", heads, rows, words=words)
 

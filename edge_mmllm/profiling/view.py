@@ -86,6 +86,15 @@ def names(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(r.name for r in results))
 
 
+def grouped(results: Sequence[Result]) -> list[Result]:
+    """A bundle's results together, its tests from few tokens to many (they ran in any order)."""
+    order = names(results)
+    return sorted(
+        results,
+        key=lambda r: (order.index(r.name), r.number("prompt_tokens") or 0, r.test),
+    )
+
+
 def chosen(results: Sequence[Result]) -> list[Result]:
     """One result for each bundle: of the test that most bundles have, the last run of it."""
     works = [r for r in results if not r.failed]
@@ -174,7 +183,7 @@ def gates(results: Sequence[Result]) -> list[tuple[str, str, dict[str, str]]]:
     for result in {r.name: r for r in results if r.table("gate")}.values():
         figures = result.table("gate", "figures")
         shown = {
-            title: f"{value:.4g}"
+            title: f"{value:+.2%}" if name == "perplexity_change" else f"{value:.4g}"
             for name, title in wanted.items()
             if (value := as_number(figures.get(name))) is not None
         }
