@@ -2,7 +2,8 @@
 
 llama.cpp owns the states. A snapshot takes them as one opaque run of bytes: 24 bytes of our own
 (which library wrote them, tokens, size; little-endian), then what
-`llama_state_seq_get_data` gives, which holds attention caches and recurrent states alike.
+`llama_state_seq_get_data` gives, which holds attention caches and recurrent states alike; then, of
+models whose pictures have places of their own, `Places.save`.
 
 The caches of attention are committed as soon as they are made, so they begin small and double
 when they are full, up to the session's context.
@@ -26,6 +27,7 @@ from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, StateMismatch
 from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
 from edge_mmllm_runtime.llama import Model, log
 from edge_mmllm_runtime.prompted import Prompted, parts
@@ -144,7 +146,8 @@ class GgufEngine:
         self._memory = api.llama_get_memory(context)
         self.state_capacity_bytes = int(log.state_mib * 2**20)
         self._tokens = np.zeros(BATCH, np.int32)
-        self._places = np.zeros(BATCH, np.int32)
+        self._places = np.zeros(STREAMS * BATCH, np.int32)
+        self._standing = Places(room) if self.model.streams else None
         self._wanted = np.zeros(BATCH, np.int8)
         self._counts = np.ones(BATCH, np.int32)
         self._sequence = np.zeros(1, np.int32)
@@ -186,6 +189,9 @@ class GgufEngine:
         logits = np.empty((len(rows), self._vocab), np.float32)
         end = position + len(chunk)
         self._ready(end)
+        found = None
+        if self._standing:
+            found = self._standing.add(position, len(chunk), places)
         for start, part in parts(chunk, BATCH):
             count = len(part)
             if part.dtype == np.float32:
@@ -193,7 +199,13 @@ class GgufEngine:
             else:
                 self._tokens[:count] = part
                 self._batch.token, self._batch.embd = self._token_pointer, None
-            self._places[:count] = np.arange(position + start, position + start + count)
+            if found is None:
+                self._places[:count] = np.arange(position + start, position + start + count)
+            elif part.dtype != np.float32:
+                self._places[:count] = found[0, start : start + count]
+            else:
+                self._places[: 3 * count] = found[:, start : start + count].reshape(-1)
+                self._places[3 * count : 4 * count] = 0
             self._wanted[:count] = 0
             within = np.flatnonzero((rows >= start) & (rows < start + count))
             self._wanted[rows[within] - start] = 1
@@ -207,7 +219,10 @@ class GgufEngine:
     def step(self, token: int, position: int) -> Float32:
         """See `Engine.step`."""
         self._ready(position + 1)
-        self._tokens[0], self._places[0], self._wanted[0] = token, position, 1
+        place = position
+        if self._standing:
+            place = int(self._standing.add(position, 1, None)[0, 0])
+        self._tokens[0], self._places[0], self._wanted[0] = token, place, 1
         self._batch.n_tokens, self._batch.token, self._batch.embd = 1, self._token_pointer, None
         self._run(position)
         self._filled = position + 1
@@ -228,10 +243,23 @@ class GgufEngine:
         status = self._decode(self._context, self._batch)
         if status == 0:
             return
-        self._lost = not self._cuts
-        if self._cuts:
-            self._api.llama_memory_seq_rm(self._memory, 0, position, -1)
+        self._lost = not self._cut(position, position + 1)
         raise SessionError("llama.cpp failed to run the model", found=f"{status}: {log}")
+
+    def _cut(self, position: int, end: int | None = None) -> bool:
+        """Drops what stands from `position` on; False: nothing was done, it cannot be.
+
+        Args:
+            end: tokens in the states, where a failure left more than it should.
+        """
+        place: int | None = position
+        if self._standing:
+            place = self._standing.cut(position, max(self._filled, end or 0))
+        return (
+            self._cuts
+            and place is not None
+            and bool(self._api.llama_memory_seq_rm(self._memory, 0, place, -1))
+        )
 
     def _row(self, index: int) -> Float32:
         """Logits of a token of the last batch, a view."""
@@ -245,7 +273,8 @@ class GgufEngine:
     @property
     def memory_rows(self) -> int:
         """Bytes of the states, as `save` gives them: the size of the opaque state."""
-        return _HEADER.size + int(self._api.llama_state_seq_get_size(self._context, 0))
+        own = _HEADER.size + int(self._api.llama_state_seq_get_size(self._context, 0))
+        return own + (TOKEN_BYTES * self._filled if self._standing else 0)
 
     def clear(self) -> None:
         """See `Engine.clear`."""
@@ -257,14 +286,15 @@ class GgufEngine:
         if to == 0 and not self._lost:
             self.clear()
             return True
-        if not self._cuts or not self._api.llama_memory_seq_rm(self._memory, 0, to, -1):
+        if not self._cut(to):
             return False
         self._filled = to
         return True
 
     def mark(self, position: int) -> _Mark:
         """See `Engine.mark`."""
-        return _Mark(position, None if self._cuts or not position else self.save(position))
+        cuts = self._cuts and not (self._standing and self._standing.splits(position))
+        return _Mark(position, None if cuts or not position else self.save(position))
 
     def rollback(self, mark: object) -> None:
         """See `Engine.rollback`."""
@@ -274,15 +304,17 @@ class GgufEngine:
         elif not mark.position:
             self.clear()
         else:
-            self._api.llama_memory_seq_rm(self._memory, 0, mark.position, -1)
+            self._cut(mark.position)
             self._filled = mark.position
 
     def save(self, position: int) -> Arrays:
         """See `Engine.save`."""
         size = self.memory_rows
         state = np.empty(size, np.uint8)
-        body = size - _HEADER.size
-        state[: _HEADER.size] = list(_HEADER.pack(self._writer, position, body))
+        state[: _HEADER.size] = list(_HEADER.pack(self._writer, position, size - _HEADER.size))
+        own = self._standing.save(self._filled) if self._standing else np.empty(0, np.uint8)
+        body = size - _HEADER.size - own.size
+        state[size - own.size :] = own
         written = self._api.llama_state_seq_get_data(
             self._context, _bytes(state[_HEADER.size :]), body, 0
         )
@@ -318,6 +350,12 @@ class GgufEngine:
         if position:
             self._lost = True
             body = np.ascontiguousarray(state[_HEADER.size :])
+            if self._standing:
+                if body.size < TOKEN_BYTES * position:
+                    raise SessionError("the states lack the places of the tokens")
+                cut = body.size - TOKEN_BYTES * position
+                self._standing.load(body[cut:], position)
+                body = body[:cut]
             log.restart()
             if not self._api.llama_state_seq_set_data(self._context, _bytes(body), body.size, 0):
                 raise SessionError("llama.cpp refuses the states", found=str(log))

@@ -123,6 +123,12 @@ class Model:
         """Whether some layers are recurrent."""
         return bool(self.api.llama_model_is_hybrid(self.pointer))
 
+    @property
+    def streams(self) -> bool:
+        """Whether pictures take rotary positions in several streams (M-RoPE)."""
+        kind = int(self.api.llama_model_rope_type(self.pointer))
+        return kind in (self.api.LLAMA_ROPE_TYPE_MROPE, self.api.LLAMA_ROPE_TYPE_IMROPE)
+
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text; None where it is absent."""
         size = 4096

@@ -16,6 +16,7 @@ GGUF_MAPS = {
     "llama": "llama:gguf_map",
     "mistral": "llama:gguf_map",
     "qwen2": "llama:gguf_map",
+    "qwen2_vl_text": "llama:gguf_map",
     "qwen3": "llama:gguf_map",
     "olmo2": "llama:gguf_map",
     "mamba": "mamba:mamba",

@@ -7,9 +7,12 @@ from numpy.typing import NDArray
 
 from edge_mmllm_export.gguf_maps.base import GgufMap, GgufTensor, Value, refuse
 from edge_mmllm_export.models.llama import GGUF_NAMES, GGUF_POST_NORM, Llama, LlamaConfig
+from edge_mmllm_export.models.qwen2_vl import Qwen2Vl
 
 #: Definitions that llama.cpp has under another name: mistral is its llama.
 _NAMES = {"mistral": "llama"}
+#: Streams of rotary positions that the format has room for; the last one is not used.
+_STREAMS = 4
 #: Relative error of frequencies that counts as none: float32 powers differ in the last digits.
 _SAME = 1e-5
 
@@ -18,6 +21,8 @@ def gguf_map(model: Llama) -> GgufMap:
     """Raises: UnsupportedArchitecture."""
     c = model.config
     name = _NAMES.get(c.model_type, c.model_type)
+    if isinstance(model, Qwen2Vl):
+        name = "qwen2vl"
     _check(c, name)
     # llama.cpp has no sliding window in these graphs: right up to the window, so that far it goes.
     context = min([c.context_length, *(w for w in c.windows if w is not None)])
@@ -36,6 +41,11 @@ def gguf_map(model: Llama) -> GgufMap:
         "rope.dimension_count": c.head_dim,
         "vocab_size": c.vocab_size,
     }
+    if isinstance(model, Qwen2Vl):
+        if len(model.sections) >= _STREAMS:
+            refuse(f"mrope_section {list(model.sections)}", name, "three sections")
+        unused = [0] * (_STREAMS - len(model.sections))
+        metadata["rope.dimension_sections"] = [*model.sections, *unused]
     if factor != 1.0:
         metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
     tensors = _tensors(model, permuted=name == "llama")
@@ -50,11 +60,11 @@ def _check(c: LlamaConfig, name: str) -> None:
     """Raises: UnsupportedArchitecture, for switches that llama.cpp's graph does not have."""
     if c.activation != "silu":
         refuse(f"its activation is {c.activation}", name, "silu")
-    if name in ("qwen2", "olmo2") and c.head_dim * c.heads != c.hidden_size:
+    if name in ("qwen2", "qwen2vl", "olmo2") and c.head_dim * c.heads != c.hidden_size:
         refuse(f"{c.heads} heads of {c.head_dim}", name, f"{c.hidden_size} in all")
     if name in ("qwen3", "olmo2") and (c.qkv_bias or c.output_bias or c.mlp_bias):
         refuse("it has biases", name, "none")
-    if name == "qwen2" and (c.output_bias or c.mlp_bias):
+    if name in ("qwen2", "qwen2vl") and (c.output_bias or c.mlp_bias):
         refuse("it has biases beside those of q, k and v", name, "biases of q, k and v")
 
 

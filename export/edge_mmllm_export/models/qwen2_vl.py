@@ -48,6 +48,7 @@ class Qwen2Vl(Llama):
                 expected=f"numbers that add up to {len(config.inv_freq)}",
                 found=str(sections),
             )
+        self.sections = tuple(sections)
         self._streams = np.repeat(np.arange(len(sections)) % 3, sections)
 
     @classmethod
