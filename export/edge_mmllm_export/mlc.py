@@ -97,29 +97,14 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a weight of ours is to be found by a reader.
-
-    Attributes:
-        tensors: names of tensors or views: `(values,)`, or words and scales.
-        start, stop: its rows there.
-        stored: `f32`, `bf16`, `f16`, `q4` or `q3`.
-    """
-
-    tensors: tuple[str, ...]
-    start: int
-    stop: int
-    stored: str
-
-
-@dataclass(frozen=True)
 class MlcFiles:
     """What will be written: the definition's map, with a place for each tensor.
 
     Attributes:
         shards: size of each file.
-        views: tensors of our own that a reader makes of stored ones, by name.
-        places: of each weight.
+        views: how a reader finds our weights by our names, `NAME` or `NAME.q_weight` and
+            `NAME.q_scale`, where they are stored under others.
+        kinds: how each weight of ours is stored: `f32`, `bf16`, `f16`, `q4` or `q3`.
     """
 
     map: MlcMap
@@ -127,7 +112,7 @@ class MlcFiles:
     tensors: Sequence[StoredTensor]
     shards: tuple[int, ...]
     views: Mapping[str, View]
-    places: Mapping[str, Place]
+    kinds: Mapping[str, str]
 
     @property
     def size_bytes(self) -> int:
@@ -192,16 +177,18 @@ def layout(model: Architecture, weights: Mapping[str, Weight], quant: Quantizati
     left = iter(spots)
     tensors = []
     views: dict[str, View] = {}
-    places: dict[str, Place] = {}
+    kinds: dict[str, str] = {}
     for draft in drafts:
         records = []
         for record in draft.records:
             number, offset = next(left)
             records.append(replace(record, shard=number, offset=offset))
         tensors.append(replace(draft, records=tuple(records)))
-        for name, place in _places(tensors[-1], quant, views):
-            places.setdefault(name, place)
-    return MlcFiles(found, quant, tensors, tuple(shards), views, places)
+        for w in tensors[-1].parts:
+            kinds.setdefault(w.name, _kind(tensors[-1], quant))
+        for name, view in _views(tensors[-1]):
+            views.setdefault(name, view)
+    return MlcFiles(found, quant, tensors, tuple(shards), views, kinds)
 
 
 def shard(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -265,28 +252,28 @@ def _encoding(t: MlcTensor, quant: Quantization) -> Encoding:
     return by_store[t.store]
 
 
-def _places(
-    t: StoredTensor, quant: Quantization, views: dict[str, View]
-) -> Iterator[tuple[str, Place]]:
-    """Where each part is found; what is stored otherwise than we have it gets a view."""
-    kinds = {"uint32": f"q{quant.bits}", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
-    kind = kinds[t.records[0].encoding]
-    names = tuple(r.name for r in t.records)
-    if t.transposed:
-        for r in t.records:
-            views[f"@{r.name}"] = View(r.name, 0, r.shape[0], r.shape[::-1], "transposed")
-        names = tuple(f"@{name}" for name in names)
-    change, row = t.tensor.change, 0
-    for i, w in enumerate(t.parts):
-        count = w.shape[0]
-        if change == "same" and t.tensor.shape in (None, w.shape):
-            yield w.name, Place(names, row, row + count, kind)
-        else:
-            begin, end = (0, t.records[0].shape[0]) if len(t.parts) == 1 else (i, i + 1)
-            views[f"@{w.name}"] = View(names[0], begin, end, w.shape, _UNDO[change])
-            exact = change in ("exp", "one_minus")
-            yield w.name, Place((f"@{w.name}",), 0, count, "f32" if exact else kind)
-        row += count
+def _kind(t: StoredTensor, quant: Quantization) -> str:
+    if t.tensor.change in ("exp", "one_minus"):
+        return "f32"  # what undoes them gives float32
+    words = {"uint32": f"q{quant.bits}", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+    return words[t.records[0].encoding]
+
+
+def _views(t: StoredTensor) -> Iterator[tuple[str, View]]:
+    """How each part is found, where that is not under its own name, as it is."""
+    suffixes = (".q_weight", ".q_scale") if t.quantized else ("",)
+    undo = "transposed" if t.transposed else _UNDO[t.tensor.change]
+    for suffix, record in zip(suffixes, t.records, strict=True):
+        row = 0
+        for w in t.parts:
+            stop, shape = row + w.shape[0], w.shape
+            if t.quantized:
+                shape = (w.shape[0], record.shape[0 if t.transposed else 1])
+            whole = undo != "transposed" and len(t.parts) == 1
+            if (w.name + suffix, shape, undo) != (record.name, record.shape, "same"):
+                begin, end = (0, record.shape[0]) if whole else (row, stop)
+                yield w.name + suffix, View(record.name, begin, end, shape, undo)
+            row = stop
 
 
 def as_stored(files: MlcFiles, weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -168,13 +168,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of our own that is made of rows of a stored one.
+    """A tensor of ours, made of rows of a stored one.
 
     Attributes:
         tensor: the stored one.
-        start, stop: its rows (of the first axis).
+        start, stop: its rows, along the first axis; of a transposed one after its last two axes
+            are swapped back (and what is before them is joined with the first of these).
         shape: of the result.
-        undo: what was done to it when it was stored; `transposed` swaps the last two axes.
+        undo: what was done to our values when they were stored.
     """
 
     tensor: str
@@ -200,7 +201,7 @@ class WeightFiles:
 
     Args:
         locate: path of a file of the bundle by its name (`Bundle.file`), or the folder.
-        views: tensors of our own, by name.
+        views: our weights, by our names, where they are stored under others.
 
     Raises:
         CorruptBundle: the index, or a file's size, is not what it should be; the message says
@@ -240,8 +241,9 @@ class WeightFiles:
         self._maps = []
 
     def read(self, name: str) -> NDArray[Any]:
-        """A tensor or a view: uint32, float16 or float32 (bfloat16 expanded), C-contiguous and
-        aligned. What needs no work is a read-only array over the mapped file.
+        """A view or, where there is none of that name, a stored tensor: uint32, float16 or float32
+        (bfloat16 expanded), C-contiguous and aligned. What needs no work is a read-only array over
+        the mapped file.
 
         Raises:
             UsageError: there is none of that name.
@@ -250,20 +252,9 @@ class WeightFiles:
             return self._view(self.views[name])
         return self._rows(self._tensor(name), 0, None)
 
-    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows `[start, stop)` of a tensor or a view, as `read`."""
-        if name in self.views:
-            return self._view(self.views[name])[start:stop]
-        return self._rows(self._tensor(name), start, stop)
-
-    def matrix(
-        self, stem: str, k: int, quant: Quantization, *, transposed: bool = False
-    ) -> Float32:
-        """The float32 `(N, k)` of a group-quantized matrix, from `STEM.q_weight` and its scales."""
-        words, scales = self.read(f"{stem}.q_weight"), self.read(f"{stem}.q_scale")
-        if transposed:
-            words, scales = words.T, scales.T
-        return dequantize(words, scales, k, quant)
+    def matrix(self, name: str, k: int, quant: Quantization) -> Float32:
+        """The float32 `(N, k)` of a group-quantized matrix, from `NAME.q_weight` and its scales."""
+        return dequantize(self.read(f"{name}.q_weight"), self.read(f"{name}.q_scale"), k, quant)
 
     def check_md5(self) -> None:
         """Compares every file with its md5, which the index gives. Raises: CorruptBundle."""
@@ -312,11 +303,13 @@ class WeightFiles:
         return mapped
 
     def _view(self, view: View) -> NDArray[Any]:
-        values = self._rows(self._tensor(view.tensor), view.start, view.stop)
+        tensor = self._tensor(view.tensor)
         if view.undo == "transposed":
-            n, k = view.shape
-            return np.ascontiguousarray(values.reshape(k, n).T)
-        values = values.reshape(view.shape)
+            swapped = self._rows(tensor, 0, None).swapaxes(-1, -2)
+            if swapped.ndim > 2:
+                swapped = swapped.reshape(-1, swapped.shape[-1])
+            return np.ascontiguousarray(swapped[view.start : view.stop]).reshape(view.shape)
+        values = self._rows(tensor, view.start, view.stop).reshape(view.shape)
         if view.undo == "log":
             return np.log(values.astype(np.float32))
         if view.undo == "one_minus":
@@ -373,12 +366,11 @@ class WeightFiles:
 
     def _check_view(self, name: str, view: View) -> None:
         tensor = self.tensors.get(view.tensor)
-        rows = tensor.shape[0] if tensor is not None and tensor.shape else 0
-        fits = tensor is not None and 0 <= view.start < view.stop <= rows
-        if fits and tensor is not None:
-            fits = math.prod(tensor.shape[1:]) * (view.stop - view.start) == math.prod(view.shape)
-            fits = fits and (view.undo != "transposed" or len(view.shape) == 2)
-        if not fits:
+        shape = tensor.shape if tensor is not None else ()
+        if view.undo == "transposed" and len(shape) > 1:
+            shape = (math.prod(shape[:-2]) * shape[-1], shape[-2])
+        fits = len(shape) > (view.undo == "transposed") and 0 <= view.start < view.stop <= shape[0]
+        if not fits or math.prod(shape[1:]) * (view.stop - view.start) != math.prod(view.shape):
             raise CorruptBundle(
                 "a view does not fit the tensor it is of",
                 where=f"engine_format.views.{name}",
@@ -388,7 +380,7 @@ class WeightFiles:
             )
 
 
-def open_views(engine_format: Mapping[str, Any], where: str = "engine_format") -> dict[str, View]:
+def read_views(engine_format: Mapping[str, Any], where: str = "engine_format") -> dict[str, View]:
     """`engine_format.views` of a manifest, `{}` where absent. Raises: CorruptBundle."""
     fields = Fields(engine_format, where)
     if "views" not in fields.value:
