@@ -91,18 +91,17 @@ def round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def lowered(module: Any, target: Any) -> Any:
-    """`decode` down to calls of TIR functions over planned memory; other functions go."""
+def lowered(module: Any, target: Any, capacity: int = 0) -> Any:
+    """`decode` down to calls of TIR functions over planned memory; other functions go.
+
+    The passes of `relax.pipeline.default_build_pipeline`, up to where those for its virtual
+    machine begin.
+    """
     passes = relax.transform
     pipeline = tvm.transform.Sequential(
         [
-            passes.LegalizeOps(),
-            passes.AnnotateTIROpPattern(),
-            passes.FoldConstant(),
-            passes.FuseOps(),
-            passes.FuseTIR(),
+            passes.LegalizeOps(skip_ops=["relax.reshape"]),  # the same bytes: no kernel
             passes.DeadCodeElimination([FUNCTION]),
-            passes.RewriteDataflowReshape(),
             passes.ToNonDataflow(),
             passes.RemovePurityChecking(),
             passes.CallTIRRewrite(),
@@ -114,8 +113,14 @@ def lowered(module: Any, target: Any) -> Any:
         for gv, function in module.functions.items()
         if gv.name_hint == FUNCTION or isinstance(function, tirx.PrimFunc)
     }
+    module = tvm.IRModule(kept)
+    symbols = {str(v.name) for v in relax.analysis.free_symbolic_vars(module[FUNCTION])} | {
+        str(v.name) for v in relax.analysis.defined_symbolic_vars(module[FUNCTION])
+    }
+    if "capacity" in symbols:
+        module = passes.BindSymbolicVars({"capacity": capacity}, FUNCTION)(module)
     with target:
-        return pipeline(tvm.IRModule(kept))
+        return pipeline(module)
 
 
 def plan(module: Any, target: Any, capacity: int = 0) -> Program:
@@ -129,7 +134,7 @@ def plan(module: Any, target: Any, capacity: int = 0) -> Program:
     Raises:
         UnsupportedArchitecture: the function needs more than kernels over fixed memory.
     """
-    return _Planner(lowered(module, target), capacity).run()
+    return _Planner(lowered(module, target, capacity), capacity).run()
 
 
 class _Planner:
