@@ -288,6 +288,9 @@ def _modalities(fields: Fields, vocab_size: int) -> dict[str, Modality]:
     unknown = sorted(set(child.value) - set(MODALITIES))
     if unknown:
         raise fields.fail("modalities", "members of " + ", ".join(MODALITIES))
-    if child.value and not {"embed", "decoder"} <= stages.keys():
+    # llama.cpp embeds tokens itself.
+    own = isinstance(stages.get("decoder"), dict) and str(stages["decoder"].get("file"))
+    wanted = {"decoder"} if own and own.endswith(".gguf") else {"embed", "decoder"}
+    if child.value and not wanted <= stages.keys():
         raise fields.fail("stages", "`embed` and `decoder`, since there are modalities")
     return {name: Modality.from_json(child.child(name), vocab_size, stages) for name in child.value}

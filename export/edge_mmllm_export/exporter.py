@@ -33,6 +33,7 @@ from edge_mmllm.bundle import (
 )
 from edge_mmllm.bundle import Source as SourceRecord
 from edge_mmllm.errors import QualityGateFailed, UsageError
+from edge_mmllm.modality import Modality
 from edge_mmllm.profiling.machine import default_threads
 from edge_mmllm.profiling.memory import peak_rss_bytes
 from edge_mmllm.spec import TOKENIZER_FILES, ModelSpec, TextSpec
@@ -44,6 +45,7 @@ from edge_mmllm_export.checkpoints.world import load_world
 from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats import Artefact, Format, Job, Written, output_format
 from edge_mmllm_export.models import build
+from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.planning import ExportOptions, ExportPlan, plan_of
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight, bind
@@ -252,6 +254,12 @@ def _quantizable(w: Weight) -> bool:
     return w.role != "vector"
 
 
+def _modalities(model: Architecture, written: Written) -> dict[str, Modality]:
+    if written.modalities is not None:
+        return written.modalities
+    return model.modalities() if isinstance(model, Composite) else {}
+
+
 def _spec(prepared: _Prepared, written: Written) -> ModelSpec:
     model, artefact = prepared.job.model, prepared.artefact
     backbone = getattr(model, "backbone", model)
@@ -267,7 +275,7 @@ def _spec(prepared: _Prepared, written: Written) -> ModelSpec:
         stages=written.stages,
         text=prepared.job.text.spec,
         components=model.components() if isinstance(model, Composite) else (),
-        modalities=model.modalities() if isinstance(model, Composite) else {},
+        modalities=_modalities(model, written),
         decoder_start_id=getattr(backbone, "decoder_start_id", None),
         extra_ids=getattr(backbone, "extra_ids", 0),
     )

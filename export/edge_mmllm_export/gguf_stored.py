@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 
 from edge_mmllm_export.checkpoints.base import Float32
 from edge_mmllm_export.checkpoints.gguf import GgufCheckpoint
-from edge_mmllm_export.gguf_layout import Piece, StoredTensor, Wanted, layout
+from edge_mmllm_export.gguf_layout import Piece, StoredTensor, Wanted, layout_of
+from edge_mmllm_export.gguf_maps import GgufMap, gguf_map
 from edge_mmllm_export.gguf_types import Kind, encode
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.weights import Source, Weight
@@ -39,8 +40,15 @@ def as_stored(
     Args:
         wanted: what was asked for, but for overrides: they show in the file.
     """
+    return as_stored_of(gguf_map(model), weights, wanted, path)
+
+
+def as_stored_of(
+    found_map: GgufMap, weights: Mapping[str, Weight], wanted: Wanted, path: Path
+) -> dict[str, Weight]:
+    """As `as_stored`, of a map."""
     out, written = dict(weights), GgufCheckpoint(path, path)
-    for stored in layout(model, weights, wanted).tensors:
+    for stored in layout_of(found_map, weights, wanted).tensors:
         if stored.tensor.columns is not None:
             continue  # of pictures' patches, which are held in float32
         found = written.tensors[stored.tensor.name].dtype

@@ -323,7 +323,8 @@ def _media(
         candidate = session.prefill(prompt, logits="all")
         prompts = []
         for bound in (weights, stored):
-            stages = verify_media.OracleStages(model, bound)
+            joined = session.spec.modalities[name].stages != model.modalities()[name].stages
+            stages = verify_media.OracleStages(model, bound, joined=joined)
             session.perception = Perception(partial(_same, stages), session.spec, own.read_file)
             prompts.append((bound, session.encode(ids, {name: [path]})))
         session.perception = own

@@ -91,9 +91,16 @@ SAMPLES: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 class OracleStages:
-    """The stages of a definition in float32, for `Perception` to drive as it drives an engine."""
+    """The stages of a definition in float32, for `Perception` to drive as it drives an engine.
 
-    def __init__(self, model: Composite, weights: Mapping[str, Weight]) -> None:
+    Args:
+        joined: an item's stages are one, as in a GGUF bundle.
+    """
+
+    def __init__(
+        self, model: Composite, weights: Mapping[str, Weight], *, joined: bool = False
+    ) -> None:
+        self._joined = joined
         self._definitions = {d.name: d for d in model.stage_definitions()}
         self._oracle, self._weights = Oracle(model, weights), weights
 
@@ -107,6 +114,9 @@ class OracleStages:
         given = [inputs[port.name] for port in definition.ports]
         own = scoped(self._weights, definition.scope)
         result: Float32 = definition.run(self._oracle.ops(), own, given)
+        following = name.replace("encode_", "project_")
+        if self._joined and following != name and following in self._definitions:
+            return self.run_stage(following, {**inputs, definition.output: result})
         return result
 
 

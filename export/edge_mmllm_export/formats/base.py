@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
+from edge_mmllm.modality import Modality
 from edge_mmllm.spec import Stage, StateSpec
 from edge_mmllm_export.checkpoints.base import Checkpoint, TextAssets
 from edge_mmllm_export.ops.base import Architecture
@@ -40,10 +41,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """What the manifest says of the files an artefact wrote."""
+    """What the manifest says of the files an artefact wrote.
+
+    Attributes:
+        modalities: where items pass other stages than the definition's; None where they do not.
+    """
 
     stages: dict[str, Stage]
     engine_format: dict[str, Any]
+    modalities: dict[str, Modality] | None = None
 
 
 class Artefact(Protocol):

@@ -1,4 +1,4 @@
-"""GGUF: one file for llama.cpp."""
+"""GGUF: one file for llama.cpp, and a second one for what stands before a multimodal backbone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export import gguf, gguf_mixes
+from edge_mmllm_export import gguf, gguf_mixes, gguf_mmproj
+from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
-from edge_mmllm_export.gguf_layout import GgufFile, Wanted
-from edge_mmllm_export.gguf_stored import as_stored
+from edge_mmllm_export.gguf_layout import GgufFile, Wanted, layout_of
+from edge_mmllm_export.gguf_stored import as_stored, as_stored_of
 from edge_mmllm_export.gguf_types import BITS, MIXES, GgufWord
 from edge_mmllm_export.imatrix import read as read_imatrix
 from edge_mmllm_export.imatrix_collect import Calibration, collect
@@ -36,25 +37,29 @@ _VOCABULARY_SHARE = 3
 
 @dataclass(frozen=True)
 class GgufArtefact:
-    """One file (see `gguf.layout`).
+    """The files (see `gguf.layout`).
 
     Attributes:
         importance: for what llama.cpp quantizes.
+        beside: encoders and projectors, of a multimodal model (`gguf_mmproj`).
     """
 
     job: Job
     file: GgufFile
     importance: gguf.Importance | None = None
+    beside: GgufFile | None = None
 
     @cached_property
     def groups(self) -> tuple[QuantGroup, ...]:
-        return self.file.groups()
+        more = self.beside.groups() if self.beside else ()
+        return (*self.file.groups(), *(replace(g, group=f"mmproj {g.group}") for g in more))
 
     @property
     def size_bytes(self) -> int:
         vocabulary = len(self.job.text.tokenizer_json or b"")
         text = _VOCABULARY_SHARE * vocabulary * (2 if self.file.word else 1)
-        return self.file.size_bytes + self.file.draft_bytes + text + _BESIDE_BYTES
+        beside = self.beside.size_bytes if self.beside else 0
+        return self.file.size_bytes + self.file.draft_bytes + beside + text + _BESIDE_BYTES
 
     @property
     def child_ram_bytes(self) -> int:
@@ -72,7 +77,10 @@ class GgufArtefact:
 
     @property
     def details(self) -> dict[str, Any]:
-        return {"gguf": {"file_type": self.file.file_type}}
+        said: dict[str, Any] = {"file_type": self.file.file_type}
+        if isinstance(self.job.model, Composite):
+            said["activations"] = gguf_mmproj.activations(self.job.model)
+        return {"gguf": said}
 
     def write(self, writer: BundleWriter, progress: Advance) -> Written:
         job, path = self.job, writer.path(gguf.FILE)
@@ -80,7 +88,13 @@ class GgufArtefact:
             self.file, job.text, job.checkpoint, path,
             importance=self.importance, workers=job.workers, progress=progress,
         )  # fmt: skip
-        return Written({"decoder": stage}, {"architecture": self.file.map.architecture})
+        said = {"architecture": self.file.map.architecture}
+        if self.beside is None or not isinstance(job.model, Composite):
+            return Written({"decoder": stage}, said)
+        path = writer.path(gguf_mmproj.FILE)
+        gguf.write(self.beside, None, job.checkpoint, path, workers=job.workers, progress=progress)
+        stages = {**gguf_mmproj.stages(job.model), "decoder": stage}
+        return Written(stages, said, gguf_mmproj.modalities(job.model))
 
 
 class GgufFormat:
@@ -101,9 +115,11 @@ class GgufFormat:
         if options.inputs != "ids":
             raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
         wanted = Wanted(options.plan, options.gguf_type, options.gguf_overrides)
-        importance = _importance(job, options)
-        file = gguf.layout(job.model, job.weights, wanted, job.checkpoint, importance)
-        return GgufArtefact(job, file, importance)
+        importance, beside = _importance(job, options), None
+        if isinstance(job.model, Composite):
+            beside = layout_of(gguf_mmproj.mmproj_map(job.model), job.weights, wanted)
+        file = gguf.layout(_backbone(job.model), job.weights, wanted, job.checkpoint, importance)
+        return GgufArtefact(job, file, importance, beside)
 
     def as_stored(
         self,
@@ -114,7 +130,11 @@ class GgufFormat:
         folder: Path,
     ) -> dict[str, Weight]:
         wanted = Wanted(plan, cast("GgufWord | None", word))
-        return as_stored(model, weights, wanted, folder / gguf.FILE)
+        out = as_stored(_backbone(model), weights, wanted, folder / gguf.FILE)
+        if isinstance(model, Composite):
+            path = folder / gguf_mmproj.FILE
+            out = as_stored_of(gguf_mmproj.mmproj_map(model), out, wanted, path)
+        return out
 
     def judged_as(self, options: ExportOptions) -> str:
         kinds = [kind for _, kind in options.gguf_overrides]
@@ -134,6 +154,11 @@ class GgufFormat:
         return "llama.cpp is not installed: pip install 'edge-mmllm[gguf]', then edge-mmllm check"
 
 
+def _backbone(model: Architecture) -> Architecture:
+    """The part that reads tokens."""
+    return model.backbone if isinstance(model, Composite) else model
+
+
 def _importance(job: Job, options: ExportOptions) -> gguf.Importance | None:
     """The matrix that was asked for: read now, or computed when it is needed."""
     if options.imatrix is not None:
@@ -142,7 +167,7 @@ def _importance(job: Job, options: ExportOptions) -> gguf.Importance | None:
         return None
     calibration = Calibration(options.imatrix_text, options.imatrix_chunks)
     calibration.check(job.text)
-    return partial(collect, job.model, job.weights, job.text, calibration)
+    return partial(collect, _backbone(job.model), job.weights, job.text, calibration)
 
 
 GGUF = GgufFormat()
