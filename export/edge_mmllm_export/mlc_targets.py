@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from edge_mmllm.errors import UsageError
-from edge_mmllm.profiling.machine import default_threads
+from edge_mmllm_runtime.mlc_machine import machine_flags
 
 #: Tasks that the TVM runtime is told to expect; it uses as many threads as it is given.
 _CORES = 4
@@ -27,8 +27,7 @@ class MlcTarget:
         machines: what `platform.machine()` says there.
         flags: of `/proc/cpuinfo` that such a CPU has; it is chosen where all are there.
         gcc: cross compiler that links, and the names `zig cc` has for the same.
-        vector_bytes: width of a vector register.
-        int8_dot: instruction for dot products of int8: `vnni`, `dotprod`, or empty.
+        extra: more attributes of TVM's target.
     """
 
     name: str
@@ -39,9 +38,7 @@ class MlcTarget:
     flags: tuple[str, ...] = ()
     gcc: str = "gcc"
     zig: str = ""
-    vector_bytes: int = 16
-    int8_dot: str = ""
-    extra: tuple[tuple[str, Any], ...] = field(default=())
+    extra: tuple[tuple[str, Any], ...] = ()
 
     def tvm(self) -> Any:
         """The compiler's own target."""
@@ -71,7 +68,6 @@ TARGETS = {
             flags=_V3,
             gcc="x86_64-linux-gnu-gcc",
             zig="x86_64-linux-gnu.2.17",
-            vector_bytes=32,
         ),
         MlcTarget(
             "aarch64",
@@ -89,7 +85,6 @@ TARGETS = {
             flags=("asimddp",),
             gcc="aarch64-linux-gnu-gcc",
             zig="aarch64-linux-gnu.2.17",
-            int8_dot="dotprod",
         ),
         MlcTarget(
             "armv7",
@@ -126,28 +121,13 @@ def _native() -> MlcTarget:
     import tvm
 
     machine = platform.machine()
-    cpu = str(tvm.get_global_func("target.llvm_get_system_cpu")())
-    found = tvm.get_global_func("target.llvm_get_system_x86_vendor", allow_missing=True)
-    del found
     triple = str(tvm.get_global_func("target.llvm_get_system_triple")())
-    have = {
-        str(f)
-        for f in tvm.get_global_func("target.llvm_get_cpu_features")(
-            tvm.target.Target({"kind": "llvm", "mcpu": cpu, "mtriple": triple})
-        )
-    }
-    x86 = machine in ("x86_64", "AMD64")
-    wide = 64 if "avx512f" in have else 32 if "avx2" in have else 16
-    dot = "vnni" if have & {"avx512vnni", "avxvnni"} else "dotprod" if "dotprod" in have else ""
+    cpu = str(tvm.get_global_func("target.llvm_get_system_cpu")())
     return MlcTarget(
         "native",
         triple,
         cpu=cpu,
         machines=(machine,),
+        flags=machine_flags(),
         gcc=os.environ.get("CC", "gcc" if shutil.which("gcc") else "cc"),
-        vector_bytes=wide if x86 else 16,
-        int8_dot=dot,
     )
-
-
-__all__ = ["NAMES", "TARGETS", "MlcTarget", "default_threads", "target_of"]

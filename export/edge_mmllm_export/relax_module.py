@@ -1,10 +1,7 @@
-"""A definition as a compiled TVM Relax module: the proof that it fits TVM as it fits ONNX.
+"""A definition through TVM in this process: the proof that it fits TVM as it fits ONNX.
 
-Module contract: `prefill(input_ids (seq,), [position (1,)], logit_rows (rows,), states..., weights
-...) -> logits (rows, vocab)` with symbolic `seq` and `rows`, and `decode(input_ids (1,),
-[position], states..., weights...) -> logits (1, vocab)`. Integers are int64, the rest float32.
-`position` is there where the model has kv states. States have fixed shapes and are written in
-place; weights come in the order of the weight map, so a host uploads them once for both.
+For tests: float32 weights straight from a checkpoint, compiled by `mlc_library` for this machine
+and run by the TVM that compiled it. Bundles are run by `edge_mmllm_runtime.mlc`.
 """
 
 from __future__ import annotations
@@ -15,56 +12,24 @@ from typing import Any
 import numpy as np
 import tvm
 from numpy.typing import NDArray
-from tvm import relax, tirx
+from tvm import relax
 
 from edge_mmllm.errors import ContextFull
+from edge_mmllm_export.mlc_library import Library, build_library, compile_module
+from edge_mmllm_export.mlc_targets import target_of
 from edge_mmllm_export.ops.base import Architecture
-from edge_mmllm_export.ops.relax import RelaxOps
+from edge_mmllm_export.ops.relax_params import layouts_of
+from edge_mmllm_export.ops.tir.isa import Isa
 from edge_mmllm_export.weights import Weight
+from edge_mmllm_runtime.mlc_packing import Packing, pack_float
 
 
-def build_module(model: Architecture, weights: Mapping[str, Weight], capacity: int) -> Any:
-    """The `IRModule` with `prefill` and `decode`; `capacity` is what the kv states hold."""
-    builder = relax.BlockBuilder()
-    for name in ("prefill", "decode"):
-        _function(builder, name, model, weights, capacity)
-    return builder.finalize()
-
-
-def _function(
-    builder: Any, name: str, model: Architecture, weights: Mapping[str, Weight], capacity: int
-) -> None:
-    prefill = name == "prefill"
-    seq = tirx.Var("seq", "int64") if prefill else 1
-    inputs = {"input_ids": relax.Var("input_ids", relax.TensorType((seq,), "int64"))}
-    if any(s.kind == "kv" for s in model.states()):
-        inputs["position"] = relax.Var("position", relax.TensorType((1,), "int64"))
-    if prefill:
-        rows = tirx.Var("rows", "int64")
-        inputs["logit_rows"] = relax.Var("logit_rows", relax.TensorType((rows,), "int64"))
-    carried = {
-        s.name: relax.Var(f"state.{s.name}", relax.TensorType(s.at(capacity), s.dtype))
-        for s in model.states()
-    }
-    stored = {
-        w.name: relax.Var(w.name, relax.TensorType(w.shape, "float32")) for w in weights.values()
-    }
-    parameters = [*inputs.values(), *carried.values(), *stored.values()]
-    # `num_input` tells Relax's passes which parameters are weights (all after these).
-    attributes = {"num_input": len(inputs) + len(carried)}
-    with builder.function(name, parameters, attrs=attributes):
-        with builder.dataflow():
-            op = RelaxOps(
-                builder,
-                stored,
-                carried,
-                capacity=capacity,
-                position=inputs.get("position"),
-                wanted=inputs.get("logit_rows"),
-            )
-            x = model.embed(op, weights, inputs["input_ids"])
-            logits = builder.emit_output(model.decode(op, weights, x))
-        builder.emit_func_output(logits)
+def build_float(model: Architecture, weights: Mapping[str, Weight]) -> Library:
+    """The library of a model whose weights are stored in float32 under our names."""
+    isa = Isa.of(target_of("native").tvm())
+    return build_library(
+        model, weights, layouts_of(weights, {}), isa, functions=("prefill", "decode")
+    )
 
 
 class RelaxRunner:
@@ -79,11 +44,19 @@ class RelaxRunner:
         self, model: Architecture, weights: Mapping[str, Weight], *, capacity: int = 64
     ) -> None:
         self.model, self.capacity = model, capacity
-        executable = tvm.compile(
-            build_module(model, weights, capacity), tvm.target.Target({"kind": "llvm"})
-        )
+        library = build_float(model, weights)
+        executable = compile_module(library.module, target_of("native"))
         self._machine = relax.VirtualMachine(executable, tvm.cpu())
-        self._weights = [tvm.runtime.tensor(w.rows()) for w in weights.values()]
+        parameters = {}
+        for p in library.parameters.values():
+            value: NDArray[Any] = weights[p.name].rows()
+            if p.layout != "float32":
+                value = pack_float(Packing.of(p.layout, *p.size), value)
+            parameters[p.name] = tvm.runtime.tensor(value)
+        self._weights = {
+            name: [parameters[p] for p in function["parameters"]]
+            for name, function in library.functions.items()
+        }
         self.states = {
             s.name: tvm.runtime.tensor(np.zeros(s.at(capacity), s.dtype)) for s in model.states()
         }
@@ -120,7 +93,7 @@ class RelaxRunner:
         if function == "prefill":
             inputs.append(np.arange(len(ids)) if rows is None else np.asarray(rows, np.int64))
         tensors = [tvm.runtime.tensor(value) for value in inputs]
-        logits = self._machine[function](*tensors, *self.states.values(), *self._weights)
+        logits = self._machine[function](*tensors, *self.states.values(), *self._weights[function])
         self.position += len(ids)
         result: NDArray[np.float32] = logits.numpy()
         return result

@@ -1,115 +1,86 @@
-"""TIR kernels that hold state, each written for any sequence length.
+"""TIR kernels of convolutions and state spaces, each written for any sequence length.
 
 A kernel reads and writes its state in the buffer the caller owns, so a forward allocates nothing
-of a state's size. They are plain loops in the papers' order, made to be right: schedules belong
-to the MLC exporter. Arguments come as `call_tir_inplace` passes them: inputs, states, output.
+of a state's size. Arguments come as `call_tir_inplace` passes them: inputs, states, outputs.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm import tirx
 
-from edge_mmllm_export.ops.base import Attention
-
-
-def attention(spec: Attention, capacity: int) -> Any:
-    """Append k and v at `position`, then causal attention over what the states hold.
-
-    q `(seq, heads * d)`, k and v `(seq, kv_heads * d)` after rope, position int64 `(1,)`, states
-    `(1, kv_heads, capacity, d)`, output `(seq, heads * d)`. Fails when the states would overflow.
-    """
-    heads, kv_heads, d = spec.heads, spec.kv_heads, spec.head_dim
-    share, scale = heads // kv_heads, spec.scale
-    window = capacity if spec.window is None else spec.window
-    softcap = spec.softcap or 0.0
-
-    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
-    def kernel(
-        q_: T.handle,
-        k_: T.handle,
-        v_: T.handle,
-        position_: T.handle,
-        keys_: T.handle,
-        values_: T.handle,
-        output_: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        seq = T.int64()
-        q = T.match_buffer(q_, (seq, heads * d), "float32")
-        k = T.match_buffer(k_, (seq, kv_heads * d), "float32")
-        v = T.match_buffer(v_, (seq, kv_heads * d), "float32")
-        position = T.match_buffer(position_, (1,), "int64")
-        keys = T.match_buffer(keys_, (1, kv_heads, capacity, d), "float32")
-        values = T.match_buffer(values_, (1, kv_heads, capacity, d), "float32")
-        output = T.match_buffer(output_, (seq, heads * d), "float32")
-        scores = T.alloc_buffer((capacity,), "float32")
-        largest = T.alloc_buffer((1,), "float32")
-        total = T.alloc_buffer((1,), "float32")
-        # An AssertStmt of the compiled kernel, not of Python: it holds whoever calls.
-        assert position[0] + seq <= capacity, "the kv state is full"  # noqa: S101
-        for t, h, j in T.grid(seq, kv_heads, d):
-            keys[0, h, position[0] + t, j] = k[t, h * d + j]
-            values[0, h, position[0] + t, j] = v[t, h * d + j]
-        for t, h in T.grid(seq, heads):
-            end = position[0] + t + 1
-            first = T.max(end - window, T.int64(0))
-            largest[0] = T.min_value("float32")
-            for s in T.serial(end - first):
-                scores[s] = T.float32(0)
-                for j in T.serial(d):
-                    scores[s] += q[t, h * d + j] * keys[0, h // share, first + s, j]
-                scores[s] = scores[s] * T.float32(scale)
-                if softcap > 0.0:
-                    scores[s] = T.float32(softcap) * T.tanh(scores[s] / T.float32(softcap))
-                largest[0] = T.max(largest[0], scores[s])
-            total[0] = T.float32(0)
-            for s in T.serial(end - first):
-                scores[s] = T.exp(scores[s] - largest[0])
-                total[0] += scores[s]
-            for j in T.serial(d):
-                output[t, h * d + j] = T.float32(0)
-            for s, j in T.grid(end - first, d):
-                output[t, h * d + j] += scores[s] / total[0] * values[0, h // share, first + s, j]
-
-    return kernel
+from edge_mmllm_export.ops.relax_build import (
+    add_to,
+    arg,
+    build,
+    lanes,
+    lanes_of,
+    length,
+    local,
+    parallel,
+    put,
+    serial,
+    unrolled,
+)
+from edge_mmllm_export.ops.relax_math import exp, f32, sigmoid
 
 
-def causal_conv(channels: int, width: int) -> Any:
+@cache
+def causal_conv(channels: int, width: int, *, one: bool, bias: bool, silu: bool) -> Any:
     """Depthwise causal convolution.
 
-    x `(seq, C)`, weight `(C, width)`, state `(1, width - 1, C)` (the last inputs, oldest first),
-    output `(seq, C)`.
+    x `(seq, C)`, weight `(C, width)`, bias `(C,)` where there is one, state `(1, width - 1, C)`
+    (the last inputs, oldest first), output `(seq, C)`.
     """
 
-    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
-    def kernel(x_: T.handle, weight_: T.handle, state_: T.handle, output_: T.handle) -> None:
-        T.func_attr({"tirx.noalias": True})
-        seq = T.int64()
-        x = T.match_buffer(x_, (seq, channels), "float32")
-        weight = T.match_buffer(weight_, (channels, width), "float32")
-        state = T.match_buffer(state_, (1, width - 1, channels), "float32")
-        output = T.match_buffer(output_, (seq, channels), "float32")
-        for t, c in T.grid(seq, channels):
-            output[t, c] = T.float32(0)
-            for i in T.serial(width):
-                # Input number t + i counts from the oldest of the state.
-                if t + i < width - 1:
-                    output[t, c] += state[0, t + i, c] * weight[c, i]
-                else:
-                    output[t, c] += x[t + i - (width - 1), c] * weight[c, i]
+    def body() -> None:
+        seq, wide = length(one), lanes_of(channels)
+        x, weight = arg("x", (seq, channels)), arg("weight", (channels, width))
+        shift = arg("bias", (channels,)) if bias else None
+        state, output = arg("state", (1, width - 1, channels)), arg("output", (seq, channels))
+
+        def result(t: Any, c: Any, inputs: list[Any]) -> None:
+            y = inputs[0] * weight[c, 0]
+            for i in range(1, width):
+                y = y + inputs[i] * weight[c, i]
+            if shift is not None:
+                y = y + shift[c]
+            put(output, (t, c), y * sigmoid(y) if silu else y)
+
+        if one:
+            with serial(channels // wide) as j:
+                with lanes(wide) as v:
+                    c = j * wide + v
+                    result(0, c, [*(state[0, i, c] for i in range(width - 1)), x[0, c]])
+                for i in range(width - 1):
+                    with lanes(wide) as v:
+                        c = j * wide + v
+                        put(state, (0, i, c), state[0, i + 1, c] if i < width - 2 else x[0, c])
+            return
+        with parallel(seq) as t, serial(channels // wide) as j, lanes(wide) as v:
+            c = j * wide + v
+            # Input number t + i counts from the oldest of the state.
+            inputs = [
+                tirx.if_then_else(t + i < width - 1, state[0, t + i, c], x[t + i - (width - 1), c])
+                for i in range(width)
+            ]
+            result(t, c, inputs)
         # The state moves by seq; rows are read before they are overwritten, since seq >= 1.
-        for i, c in T.grid(width - 1, channels):
-            if seq + i < width - 1:
-                state[0, i, c] = state[0, seq + i, c]
-            else:
-                state[0, i, c] = x[seq + i - (width - 1), c]
+        for i in range(width - 1):
+            with serial(channels // wide) as j, lanes(wide) as v:
+                c = j * wide + v
+                moved = tirx.if_then_else(
+                    seq + i < width - 1, state[0, seq + i, c], x[seq + i - (width - 1), c]
+                )
+                put(state, (0, i, c), moved)
 
-    return kernel
+    return build("causal_conv", body)
 
 
-def gated_linear_attention(heads: int, groups: int, d_k: int, d_v: int) -> Any:
+@cache
+def gated_linear_attention(heads: int, groups: int, d_k: int, d_v: int, *, one: bool) -> Any:
     """The recurrence of `Ops.gated_linear_attention`, one token after another.
 
     q and k `(seq, groups * d_k)`, v `(seq, heads * d_v)`, dt `(seq, heads)`, decay `(heads,)`,
@@ -117,72 +88,59 @@ def gated_linear_attention(heads: int, groups: int, d_k: int, d_v: int) -> Any:
     """
     share = heads // groups
 
-    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
-    def kernel(
-        q_: T.handle,
-        k_: T.handle,
-        v_: T.handle,
-        dt_: T.handle,
-        decay_: T.handle,
-        state_: T.handle,
-        output_: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        seq = T.int64()
-        q = T.match_buffer(q_, (seq, groups * d_k), "float32")
-        k = T.match_buffer(k_, (seq, groups * d_k), "float32")
-        v = T.match_buffer(v_, (seq, heads * d_v), "float32")
-        dt = T.match_buffer(dt_, (seq, heads), "float32")
-        decay = T.match_buffer(decay_, (heads,), "float32")
-        state = T.match_buffer(state_, (1, heads, d_k, d_v), "float32")
-        output = T.match_buffer(output_, (seq, heads * d_v), "float32")
-        gate = T.alloc_buffer((1,), "float32")
-        for t, h in T.grid(seq, heads):
-            gate[0] = T.exp(dt[t, h] * decay[h])
-            for p in T.serial(d_v):
-                output[t, h * d_v + p] = T.float32(0)
-            for n, p in T.grid(d_k, d_v):
-                state[0, h, n, p] = state[0, h, n, p] * gate[0] + (
-                    k[t, h // share * d_k + n] * (dt[t, h] * v[t, h * d_v + p])
-                )
-                output[t, h * d_v + p] += q[t, h // share * d_k + n] * state[0, h, n, p]
+    def body() -> None:
+        seq, wide = length(one), lanes_of(d_v)
+        q, k = arg("q", (seq, groups * d_k)), arg("k", (seq, groups * d_k))
+        v, dt = arg("v", (seq, heads * d_v)), arg("dt", (seq, heads))
+        decay, state = arg("decay", (heads,)), arg("state", (1, heads, d_k, d_v))
+        output = arg("output", (seq, heads * d_v))
+        with parallel(heads) as h, serial(seq) as t:
+            acc, written, gate = local(d_v), local(d_v), local(1)
+            put(gate, (0,), exp(dt[t, h] * decay[h]))
+            with serial(d_v // wide) as j, lanes(wide) as lane:
+                p = j * wide + lane
+                put(acc, (p,), f32(0))
+                put(written, (p,), dt[t, h] * v[t, h * d_v + p])
+            with serial(d_k) as n, unrolled(d_v // wide) as j, lanes(wide) as lane:
+                p, c = j * wide + lane, h // share * d_k + n
+                put(state, (0, h, n, p), state[0, h, n, p] * gate[0] + k[t, c] * written[p])
+                add_to(acc, (p,), q[t, c] * state[0, h, n, p])
+            with serial(d_v // wide) as j, lanes(wide) as lane:
+                put(output, (t, h * d_v + j * wide + lane), acc[j * wide + lane])
 
-    return kernel
+    return build("gated_linear_attention", body)
 
 
-def selective_scan(d_inner: int, d_state: int) -> Any:
-    """The recurrence of `Ops.selective_scan`, one token after another, without the skip.
+@cache
+def selective_scan(d_inner: int, d_state: int, *, one: bool) -> Any:
+    """The recurrence of `Ops.selective_scan`, one token after another.
 
-    x and dt `(seq, d_inner)`, b and c `(seq, d_state)`, decay `(d_inner, d_state)`, state
-    `(1, d_state, d_inner)`, output `(seq, d_inner)`.
+    x and dt `(seq, d_inner)`, b and c `(seq, d_state)`, decay `(d_inner, d_state)`, skip
+    `(d_inner,)`, state `(1, d_state, d_inner)`, output `(seq, d_inner)`.
     """
 
-    @T.prim_func(private=True, s_tir=True)  # type: ignore[untyped-decorator]
-    def kernel(
-        x_: T.handle,
-        dt_: T.handle,
-        b_: T.handle,
-        c_: T.handle,
-        decay_: T.handle,
-        state_: T.handle,
-        output_: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        seq = T.int64()
-        x = T.match_buffer(x_, (seq, d_inner), "float32")
-        dt = T.match_buffer(dt_, (seq, d_inner), "float32")
-        b = T.match_buffer(b_, (seq, d_state), "float32")
-        c = T.match_buffer(c_, (seq, d_state), "float32")
-        decay = T.match_buffer(decay_, (d_inner, d_state), "float32")
-        state = T.match_buffer(state_, (1, d_state, d_inner), "float32")
-        output = T.match_buffer(output_, (seq, d_inner), "float32")
-        for t in T.serial(seq):
-            for i in T.serial(d_inner):
-                output[t, i] = T.float32(0)
-            for n, i in T.grid(d_state, d_inner):
-                state[0, n, i] = state[0, n, i] * T.exp(dt[t, i] * decay[i, n]) + (
-                    b[t, n] * (dt[t, i] * x[t, i])
-                )
-                output[t, i] += c[t, n] * state[0, n, i]
+    def body() -> None:
+        seq, wide = length(one), lanes_of(d_inner)
+        x, dt = arg("x", (seq, d_inner)), arg("dt", (seq, d_inner))
+        b, c = arg("b", (seq, d_state)), arg("c", (seq, d_state))
+        decay, skip = arg("decay", (d_inner, d_state)), arg("skip", (d_inner,))
+        state, output = arg("state", (1, d_state, d_inner)), arg("output", (seq, d_inner))
+        with parallel(d_inner // wide) as j:
+            rates = local(d_state * wide)
+            with serial(d_state) as n, lanes(wide) as v:
+                put(rates, (n * wide + v,), decay[j * wide + v, n])
+            with serial(seq) as t:
+                acc, written = local(wide), local(wide)
+                with lanes(wide) as v:
+                    put(acc, (v,), skip[j * wide + v] * x[t, j * wide + v])
+                with lanes(wide) as v:
+                    put(written, (v,), dt[t, j * wide + v] * x[t, j * wide + v])
+                with serial(d_state) as n, lanes(wide) as v:
+                    i = j * wide + v
+                    kept = state[0, n, i] * exp(dt[t, i] * rates[n * wide + v])
+                    put(state, (0, n, i), kept + b[t, n] * written[v])
+                    add_to(acc, (v,), c[t, n] * state[0, n, i])
+                with lanes(wide) as v:
+                    put(output, (t, j * wide + v), acc[v])
 
-    return kernel
+    return build("selective_scan", body)

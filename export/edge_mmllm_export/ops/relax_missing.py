@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops.base import Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.memory import Blind, RelativeBias
 from edge_mmllm_export.weights import Weight
 
@@ -54,27 +53,6 @@ class MissingOps(Generic[T]):
 
     def relative_bias(self, x: T, bias: RelativeBias) -> T:
         _missing("relative_bias")
-
-    def positions(self, x: T, table: Weight, *, offset: int = 0) -> T:
-        _missing("positions")
-
-    def token_shift(self, x: T, state: StateSpec) -> T:
-        _missing("token_shift")
-
-    def mix(self, x: T, previous: T, *mu: Weight) -> tuple[T, ...]:
-        _missing("mix")
-
-    def lerp(self, x: T, y: T, amount: T) -> T:
-        _missing("lerp")
-
-    def wkv4(self, k: T, v: T, decay: Weight, bonus: Weight, state: StateSpec) -> T:
-        _missing("wkv4")
-
-    def wkv6(self, r: T, k: T, v: T, log_decay: T | Weight, bonus: Weight, state: StateSpec) -> T:
-        _missing("wkv6")
-
-    def wkv7(self, x: Wkv7[T], w: Wkv7Weights, state: StateSpec) -> tuple[T, T]:
-        _missing("wkv7")
 
     def patches(self, pixels: T, shape: tuple[int, ...], size: int) -> T:
         _missing("patches")
