@@ -1,8 +1,9 @@
 """What an export costs: whole-process wall time and peak resident memory.
 
-SmolLM2 from float32 safetensors to int4, ours (gate off) beside onnxruntime-genai's builder, one
-after the other in the same run; and, with `--large`, a checkpoint of three billion bfloat16
-parameters in shards, written for the occasion and deleted after it.
+SmolLM2 from float32 safetensors, ours (gate off) beside the peers, one after the other in the same
+run: to int4 onnxruntime-genai's builder, to GGUF llama.cpp's converter and quantizer; and, with
+`--large`, a checkpoint of three billion bfloat16 parameters in shards, written for the occasion and
+deleted after it.
 
     python benchmarks/export_cost.py [--rounds 3] [--large] [--publish]
 """
@@ -23,10 +24,14 @@ from typing import Any
 import artefacts
 import harness
 import numpy as np
+import peer_convert
 
 from edge_mmllm.profiling.stats import median
 
-PACKAGES = ("edge-mmllm", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
+PACKAGES = (
+    "edge-mmllm", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "gguf",
+    "llama-cpp-python",
+)  # fmt: skip
 #: Bytes written at a time while the large checkpoint is made.
 PIECE = 64 << 20
 SHARD_BYTES = 1 << 30
@@ -128,9 +133,8 @@ def _write_shard(
 
 
 def compare(arguments: argparse.Namespace, report: harness.Reporter) -> None:
-    """SmolLM2, ours beside the builder, in turn."""
+    """SmolLM2 to ONNX, ours beside the builder, in turn."""
     source = artefacts.MODELS["smollm2"].hub(arguments.cache)
-    found: dict[str, list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         commands = {
@@ -140,16 +144,49 @@ def compare(arguments: argparse.Namespace, report: harness.Reporter) -> None:
             commands["onnxruntime-genai builder"] = artefacts.builder_command(
                 arguments.peers, source, out, Path(scratch)
             )
-        harness.wait_quiet(1, arguments.wait)
-        for number in range(arguments.rounds + 1):
-            for name, command in commands.items():
-                wall, peak, _ = harness.measured_run(command)
-                if number:  # the first round fills the page cache
-                    found.setdefault(name, []).append((wall, peak))
-                size = harness.size_bytes(out)
-                shutil.rmtree(out)
-                if number == arguments.rounds:
-                    _record(report, name, found[name], size, arguments)
+        title = "SmolLM2-135M-Instruct, float32 safetensors to int4 ONNX"
+        _in_turn(title, commands, out, arguments, report)
+
+
+def compare_gguf(arguments: argparse.Namespace, report: harness.Reporter) -> None:
+    """SmolLM2 to GGUF, ours beside llama.cpp's converter, in the interpreter that has both."""
+    if not arguments.peers.exists():
+        return
+    source = artefacts.MODELS["smollm2"].hub(arguments.cache)
+    script, python = peer_convert.converter(arguments.cache), arguments.peers
+    with tempfile.TemporaryDirectory() as scratch:
+        out, draft = Path(scratch) / "out", Path(scratch) / "draft.gguf"
+        for kind in ("F16", "Q4_K_M"):
+            options = ("--format", "gguf", "--gguf-type", kind, "--gate", "off")
+            commands = {"ours": [str(python), *artefacts.export_command(source, out, *options)[1:]]}
+            if kind == "F16":
+                name = "llama.cpp convert_hf_to_gguf"
+                commands[name] = peer_convert.command(python, script, source, out, "f16")
+            else:
+                name = "llama.cpp convert_hf_to_gguf, llama_model_quantize"
+                commands[name] = peer_convert.mixed_command(
+                    python, script, source, out, draft, kind
+                )
+            title = f"SmolLM2-135M-Instruct, float32 safetensors to GGUF {kind}"
+            _in_turn(title, commands, out, arguments, report)
+
+
+def _in_turn(
+    title: str, commands: Mapping[str, list[str]], out: Path, arguments: argparse.Namespace,
+    report: harness.Reporter,
+) -> None:  # fmt: skip
+    """A table of whole processes, each in every round."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    harness.wait_quiet(1, arguments.wait)
+    for number in range(arguments.rounds + 1):
+        for name, command in commands.items():
+            wall, peak, _ = harness.measured_run(command)
+            if number:  # the first round fills the page cache
+                found.setdefault(name, []).append((wall, peak))
+            size = harness.size_bytes(out)
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+            if number == arguments.rounds:
+                _record(report, f"{title}: {name}", found[name], size, arguments)
     rows, base = [], found["ours"]
     for name, runs in found.items():
         wall, peak = median(w for w, _ in runs), median(p for _, p in runs)
@@ -160,8 +197,8 @@ def compare(arguments: argparse.Namespace, report: harness.Reporter) -> None:
         rows.append([name, f"{wall:.1f}", f"{min(w for w, _ in runs):.1f}", ratio[0],
                      f"{peak / 1e6:.0f}", ratio[1]])  # fmt: skip
     report.table(
-        f"SmolLM2-135M-Instruct, float32 safetensors to int4, whole process, {arguments.rounds} "
-        f"runs each (load average {os.getloadavg()[0]:.1f})",
+        f"{title}, whole process, {arguments.rounds} runs each"
+        f" (load average {os.getloadavg()[0]:.1f})",
         ["exporter", "wall s", "best", "ours / it", "peak RSS MB", "ours / it"],
         rows,
     )
@@ -171,7 +208,7 @@ def _record(
     report: harness.Reporter, name: str, runs: list[tuple[float, int]], size: int,
     arguments: argparse.Namespace,
 ) -> None:  # fmt: skip
-    python = sys.executable if name == "ours" else arguments.peers
+    python = sys.executable if name.endswith("ONNX: ours") else arguments.peers
     report.record(
         model="smollm2", exporter=name, wall_s=harness.summary([w for w, _ in runs]),
         peak_rss_bytes=harness.summary([float(p) for _, p in runs]), output_bytes=size,
@@ -190,6 +227,7 @@ def large(arguments: argparse.Namespace, report: harness.Reporter) -> None:
             "default": (),
             "--max-ram 1GiB": ("--max-ram", "1GiB"),
             "--max-ram 64MiB": ("--max-ram", "64MiB"),
+            "--format gguf --gguf-type Q4_0": ("--format", "gguf", "--gguf-type", "Q4_0"),
         }.items():
             command = artefacts.export_command(source, out, "--gate", "off", "--tokenizer", "none")
             try:
@@ -209,7 +247,7 @@ def large(arguments: argparse.Namespace, report: harness.Reporter) -> None:
             )  # fmt: skip
     report.table(
         f"Random Llama of {parameters / 1e9:.2f} billion bfloat16 parameters "
-        f"({2 * parameters / 1e9:.1f} GB in shards) to int4, one run each",
+        f"({2 * parameters / 1e9:.1f} GB in shards) to int4, gate off, one run each",
         ["options", "wall s", "peak RSS MB", "output MB", "message"],
         rows,
     )
@@ -218,12 +256,16 @@ def large(arguments: argparse.Namespace, report: harness.Reporter) -> None:
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=("onnx", "gguf"), default=["onnx", "gguf"])
     parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--scratch", type=Path, help="where 9 GB fit for a while")
     parser.add_argument("--wait", type=float, default=60)
     arguments = parser.parse_args()
     report = harness.Reporter("export_cost", "Export cost", arguments)
-    compare(arguments, report)
+    if "onnx" in arguments.only:
+        compare(arguments, report)
+    if "gguf" in arguments.only:
+        compare_gguf(arguments, report)
     if arguments.large:
         large(arguments, report)
     report.close()

@@ -21,17 +21,27 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Points:
+    """Marks with a label each: (x, y, label)."""
+
+    name: str
+    places: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
 class Chart:
     """One chart.
 
     Attributes:
         span: the least range of the y axis; None starts it at 0.
+        points: besides the lines.
     """
 
     title: str
     x_title: str
     lines: Sequence[Line]
     span: tuple[float, float] | None = None
+    points: Sequence[Points] = ()
 
 
 def svg(charts: Sequence[Chart]) -> str:
@@ -47,8 +57,9 @@ def svg(charts: Sequence[Chart]) -> str:
 
 
 def _chart(chart: Chart) -> list[str]:
-    xs = [x for line in chart.lines for x in line.x] or [0.0]
-    ys = [y for line in chart.lines for y in line.y] or [0.0]
+    marks = [place for group in chart.points for place in group.places]
+    xs = [x for line in chart.lines for x in line.x] + [x for x, _, _ in marks] or [0.0]
+    ys = [y for line in chart.lines for y in line.y] + [y for _, y, _ in marks] or [0.0]
     low, high = chart.span or (0.0, 1.1 * max(ys))
     low, high = min(low, *ys), max(high, *ys, low + 1e-9)
     end = max(xs) or 1.0
@@ -79,4 +90,14 @@ def _chart(chart: Chart) -> list[str]:
         )
         place = f'x="{WIDTH - RIGHT + 10}" y="{TOP + 12 + 18 * i}" fill="{colour}"'
         out.append(f"<text {place}>{escape(line.name)}</text>")
+    for i, group in enumerate(chart.points, len(chart.lines)):
+        colour = COLOURS[i % len(COLOURS)]
+        for left, up, label in group.places:
+            x, y = at(left, up)
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+            out.append(
+                f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" font-size="9">{escape(label)}</text>'
+            )
+        place = f'x="{WIDTH - RIGHT + 10}" y="{TOP + 12 + 18 * i}" fill="{colour}"'
+        out.append(f"<text {place}>{escape(group.name)}</text>")
     return out
