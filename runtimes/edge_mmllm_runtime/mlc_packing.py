@@ -136,14 +136,15 @@ def pack_q4(
     """MLC's words and scales -> packed bytes `(size_bytes,)`.
 
     Args:
-        q_weight: uint32 `(N, words)`, eight codes of 4 bits each (blocks of 32), or ten of 3 bits
-            (blocks of 40), lowest K in the lowest bits.
+        q_weight: uint32 `(N, words)`, eight codes of 4 bits each, or ten of 3 bits (a zero
+            below 7), lowest K in the lowest bits.
         q_scale: `(N, blocks)`, float16 or float32; those of a `bf16` packing are exactly bfloat16,
             as MLC's files hold them.
 
     Layouts with K first (`_0`) are handed in transposed.
     """
-    words = packing.block // (8 if packing.block == 32 else 10)
+    narrow = packing.zero < 7
+    words = packing.block // (10 if narrow else 8)
     blocks = packing.blocks
     _check(packing, q_weight.shape, (packing.rows, blocks * words))
     _check(packing, q_scale.shape, (packing.rows, blocks))
@@ -157,7 +158,7 @@ def pack_q4(
         target = out[start // ROWS : start // ROWS + groups]
         side = scales.reshape(groups, ROWS, blocks).transpose(0, 2, 1)
         target[:, :, : packing.scale_bytes] = _scales(packing, side)
-        codes = _interleaved(tile) if words == 4 else _interleaved(_nibbles(tile))
+        codes = _interleaved(_nibbles(tile) if narrow else tile)
         side_codes = codes.reshape(groups, ROWS, blocks, -1).transpose(0, 2, 3, 1)
         target[:, :, packing.scale_bytes :] = (
             np.ascontiguousarray(side_codes).reshape(groups, blocks, -1).view(np.uint8)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tvm.script.ir_builder import tirx as T
-from tvm.target.codegen import target_has_features
+from tvm.target import Target
+from tvm.target.codegen import llvm_get_cpu_features, llvm_get_system_cpu, target_has_features
 
 #: A TIR expression (tvm ships no type hints).
 Expr = Any
@@ -128,3 +129,18 @@ def _neighbours(x: Expr, wider: str, bits: Expr, lanes: int) -> Expr:
     """The two halves of each element of `x` read as a wider one, added."""
     both, shift = T.reinterpret(wider, x), T.broadcast(bits, lanes)
     return T.shift_right(both, shift) + T.shift_right(T.shift_left(both, shift), shift)
+
+
+def runs_here(target: Any) -> bool:
+    """Whether this machine's CPU has all that the target's code may use."""
+    needed = {str(f) for f in llvm_get_cpu_features(target)}
+    own = Target({"kind": "llvm", "mcpu": str(llvm_get_system_cpu())})
+    # Tuning hints are listed among the features; only instructions matter.
+    return {f for f in needed if f in _INSTRUCTIONS} <= {str(f) for f in llvm_get_cpu_features(own)}
+
+
+#: Names that the kernels' code may depend on.
+_INSTRUCTIONS = (
+    "avx", "avx2", "avx512bw", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "f16c", "fma",
+    "dotprod", "neon",
+)  # fmt: skip

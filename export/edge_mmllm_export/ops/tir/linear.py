@@ -28,8 +28,8 @@ _PARALLEL_BYTES = 48 << 10
 _CHUNK = 8
 
 
-#: Sums in registers: by row of x, by vector of W's 16 rows, some to be added in the end.
-_Totals = list[list[list[Expr]]]
+#: Sums in registers: of each row of x, some to be added in the end.
+_Totals = list[list[Expr]]
 
 
 @dataclass(frozen=True)
@@ -214,34 +214,39 @@ def _when(condition: Expr | None) -> Iterator[None]:
 
 
 def _tile(p: Product, m: _Matrix, given: _Input, group: Expr, row: Expr, rows: int) -> None:
+    # One vector of W's 16 rows after another: the group stays in the first cache meanwhile.
+    with T.serial(p.isa.parts) as part:
+        _tile_part(p, m, given, group, part, row, rows)
+
+
+def _tile_part(
+    p: Product, m: _Matrix, given: _Input, group: Expr, part: Expr, row: Expr, rows: int
+) -> None:
     n = p.isa.lanes
     # One row of floats leaves the adders waiting for each other: four sums hide their latency.
     sums = 4 if rows == 1 and p.first.kind != "q4" else 1
-    totals = [
-        [[vector.local(n) for _ in range(sums)] for _ in range(p.isa.parts)] for _ in range(rows)
-    ]
-    for total in (total for of_row in totals for of_part in of_row for total in of_part):
+    totals = [[vector.local(n) for _ in range(sums)] for _ in range(rows)]
+    for total in (total for of_row in totals for total in of_row):
         vector.store(total, vector.splat(0.0, n), 0, n=n)
     if p.first.kind != "q4":
-        _float_sums(p, m, given, group, row, totals)
+        _float_sums(p, m, given, group, part, row, totals)
     elif p.exact:
         whole, rest = divmod(p.first.columns, p.first.block)
         with T.serial(whole) as b:
-            _exact_sums(p, m, given, group, row, totals, b, p.first.block)
+            _exact_sums(p, m, given, group, part, row, totals, b, p.first.block)
         if rest:
-            _exact_sums(p, m, given, group, row, totals, whole, rest)
+            _exact_sums(p, m, given, group, part, row, totals, whole, rest)
     else:
         with T.serial(p.first.blocks) as b:
-            _integer_sums(p, m, given, group, row, totals, b)
+            _integer_sums(p, m, given, group, part, row, totals, b)
     for t, of_row in enumerate(totals):
-        for part, of_part in enumerate(of_row):
-            value = vector.load(of_part[0], 0, n=n)
-            for more in of_part[1:]:
-                value = value + vector.load(more, 0, n=n)
-            _finish(m, group, row + t, part * n, value, n)
+        value = vector.load(of_row[0], 0, n=n)
+        for more in of_row[1:]:
+            value = value + vector.load(more, 0, n=n)
+        _finish(m, group, row + t, part * n, value, n)
 
 
-def _finish(m: _Matrix, group: Expr, row: Expr, at: int, value: Expr, n: int) -> None:
+def _finish(m: _Matrix, group: Expr, row: Expr, at: Expr, value: Expr, n: int) -> None:
     """Add the bias, apply the activation, store the rows that there are."""
     column, rows = group * ROWS + at, m.packing.rows
 
@@ -263,71 +268,67 @@ def _finish(m: _Matrix, group: Expr, row: Expr, at: int, value: Expr, n: int) ->
 
 
 def _integer_sums(
-    p: Product, m: _Matrix, given: _Input, group: Expr, row: Expr, totals: _Totals, b: Expr
-) -> None:
+    p: Product, m: _Matrix, given: _Input, group: Expr, part: Expr, row: Expr, totals: _Totals,
+    b: Expr,
+) -> None:  # fmt: skip
     n, block = p.isa.lanes, p.first.block
     base = (group * p.first.blocks + b) * p.first.block_bytes
-    for part in range(p.isa.parts):
-        scale = T.bind(_scale(p, m, base, part))
-        codes = []
-        for j in range(block // 8):
-            at = base + p.first.scale_bytes + j * 4 * ROWS + part * 4 * n
-            both = T.bind(vector.load(m.data, at, n=4 * n))
-            low = T.broadcast(T.uint8(15), 4 * n)
-            pairs = T.reinterpret(f"uint16x{2 * n}", both)
-            high = T.shift_right(pairs, T.broadcast(T.uint16(4), 2 * n))
-            codes += [T.bind(both & low), T.bind(T.reinterpret(f"uint8x{4 * n}", high) & low)]
-        for t, of_row in enumerate(totals):
-            start = T.broadcast(given.sums[row + t, b] * T.int32(-p.first.zero), n)
-            words = [given.words[row + t, b * (block // 4) + i] for i in range(block // 4)]
-            products = T.cast(block_sum(p.isa, start, codes, words), f"float32x{n}")
-            factor = scale * vector.splat(given.scales[row + t, b], n)
-            (total,) = of_row[part]
-            vector.store(total, vector.load(total, 0, n=n) + products * factor, 0, n=n)
+    scale = T.bind(_scale(p, m, base, part))
+    codes = []
+    for j in range(block // 8):
+        at = base + p.first.scale_bytes + j * 4 * ROWS + part * (4 * n)
+        both = T.bind(vector.load(m.data, at, n=4 * n))
+        low = T.broadcast(T.uint8(15), 4 * n)
+        pairs = T.reinterpret(f"uint16x{2 * n}", both)
+        high = T.shift_right(pairs, T.broadcast(T.uint16(4), 2 * n))
+        codes += [T.bind(both & low), T.bind(T.reinterpret(f"uint8x{4 * n}", high) & low)]
+    for t, (total,) in enumerate(totals):
+        start = T.broadcast(given.sums[row + t, b] * T.int32(-p.first.zero), n)
+        words = [given.words[row + t, b * (block // 4) + i] for i in range(block // 4)]
+        products = T.cast(block_sum(p.isa, start, codes, words), f"float32x{n}")
+        factor = scale * vector.splat(given.scales[row + t, b], n)
+        vector.store(total, vector.load(total, 0, n=n) + products * factor, 0, n=n)
 
 
 def _exact_sums(
-    p: Product, m: _Matrix, given: _Input, group: Expr, row: Expr, totals: _Totals, b: Expr,
-    count: int,
+    p: Product, m: _Matrix, given: _Input, group: Expr, part: Expr, row: Expr, totals: _Totals,
+    b: Expr, count: int,
 ) -> None:  # fmt: skip
     """The first `count` weights of a block against float32 activations."""
     n, block = p.isa.lanes, p.first.block
     base = (group * p.first.blocks + b) * p.first.block_bytes
-    for part in range(p.isa.parts):
-        scale = T.bind(_scale(p, m, base, part))
-        weights = []
-        for j in range(-(-count // 8)):
-            at = base + p.first.scale_bytes + j * 4 * ROWS + part * 4 * n
-            word = T.bind(T.reinterpret(f"uint32x{n}", vector.load(m.data, at, n=4 * n)))
-            for k in range(min(8, count - 8 * j)):
-                shift = T.broadcast(T.uint32(8 * (k % 4) + 4 * (k // 4)), n)
-                code = T.shift_right(word, shift) & T.broadcast(T.uint32(15), n)
-                value = T.cast(T.reinterpret(f"int32x{n}", code), f"float32x{n}")
-                weights.append(T.bind(value - vector.splat(float(p.first.zero), n)))
-        for t, of_row in enumerate(totals):
-            products = None
-            for i, weight in enumerate(weights):
-                product = weight * vector.splat(given.x[row + t, b * block + i], n)
-                products = product if products is None else products + product
-            (total,) = of_row[part]
-            vector.store(total, vector.load(total, 0, n=n) + products * scale, 0, n=n)
+    scale = T.bind(_scale(p, m, base, part))
+
+    def eight(j: Expr, count: int) -> None:
+        at = base + p.first.scale_bytes + j * (4 * ROWS) + part * (4 * n)
+        word = T.bind(T.reinterpret(f"uint32x{n}", vector.load(m.data, at, n=4 * n)))
+        for k in range(count):
+            shift = T.broadcast(T.uint32(8 * (k % 4) + 4 * (k // 4)), n)
+            code = T.shift_right(word, shift) & T.broadcast(T.uint32(15), n)
+            value = T.cast(T.reinterpret(f"int32x{n}", code), f"float32x{n}")
+            weight = T.bind((value - vector.splat(float(p.first.zero), n)) * scale)
+            for t, (total,) in enumerate(totals):
+                more = weight * vector.splat(given.x[row + t, b * block + j * 8 + k], n)
+                vector.store(total, vector.load(total, 0, n=n) + more, 0, n=n)
+
+    with T.serial(count // 8) as j:
+        eight(j, 8)
+    if count % 8:
+        eight(count // 8, count % 8)
 
 
 def _float_sums(
-    p: Product, m: _Matrix, given: _Input, group: Expr, row: Expr, totals: _Totals
+    p: Product, m: _Matrix, given: _Input, group: Expr, part: Expr, row: Expr, totals: _Totals
 ) -> None:
-    n, columns, sums = p.isa.lanes, p.first.columns, len(totals[0][0])
+    n, columns, sums = p.isa.lanes, p.first.columns, len(totals[0])
     size = 2 if p.first.kind == "f16" else 4
 
     def add(k: Expr, s: int) -> None:
-        base = (group * columns + k) * ROWS * size
-        for part in range(p.isa.parts):
-            stored = vector.load(m.data, base + part * n * size, n=n * size)
-            weight = T.bind(_floats(p.isa, stored, p.first.kind))
-            for t, of_row in enumerate(totals):
-                total = of_row[part][s]
-                more = weight * vector.splat(given.x[row + t, k], n)
-                vector.store(total, vector.load(total, 0, n=n) + more, 0, n=n)
+        at = (group * columns + k) * (ROWS * size) + part * (n * size)
+        weight = T.bind(_floats(p.isa, vector.load(m.data, at, n=n * size), p.first.kind))
+        for t, of_row in enumerate(totals):
+            more = weight * vector.splat(given.x[row + t, k], n)
+            vector.store(of_row[s], vector.load(of_row[s], 0, n=n) + more, 0, n=n)
 
     with T.serial(columns // sums) as k:
         for s in range(sums):
@@ -336,7 +337,7 @@ def _float_sums(
         add(k, 0)
 
 
-def _scale(p: Product, m: _Matrix, base: Expr, part: int) -> Expr:
+def _scale(p: Product, m: _Matrix, base: Expr, part: Expr) -> Expr:
     size = p.first.scale_bytes // ROWS * p.isa.lanes
     return _floats(p.isa, vector.load(m.data, base + part * size, n=size), p.first.scale)
 
