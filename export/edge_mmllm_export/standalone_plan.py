@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from edge_mmllm.errors import UnsupportedArchitecture
+from edge_mmllm_export.mlc_library import planned
 
 #: Bytes: of what the compiled kernels may assume of every address they are given.
 ALIGNMENT = 64
@@ -92,35 +93,18 @@ def round_up(size: int) -> int:
 
 
 def lowered(module: Any, target: Any, capacity: int = 0) -> Any:
-    """`decode` down to calls of TIR functions over planned memory; other functions go.
-
-    The passes of `relax.pipeline.default_build_pipeline`, up to where those for its virtual
-    machine begin.
-    """
-    passes = relax.transform
-    pipeline = tvm.transform.Sequential(
-        [
-            passes.LegalizeOps(skip_ops=["relax.reshape"]),  # the same bytes: no kernel
-            passes.DeadCodeElimination([FUNCTION]),
-            passes.ToNonDataflow(),
-            passes.RemovePurityChecking(),
-            passes.CallTIRRewrite(),
-            passes.StaticPlanBlockMemory(),
-        ]
-    )
+    """`decode` down to calls of TIR functions over planned memory; other functions go."""
     kept = {
         gv: function
         for gv, function in module.functions.items()
         if gv.name_hint == FUNCTION or isinstance(function, tirx.PrimFunc)
     }
     module = tvm.IRModule(kept)
-    symbols = {str(v.name) for v in relax.analysis.free_symbolic_vars(module[FUNCTION])} | {
-        str(v.name) for v in relax.analysis.defined_symbolic_vars(module[FUNCTION])
-    }
-    if "capacity" in symbols:
-        module = passes.BindSymbolicVars({"capacity": capacity}, FUNCTION)(module)
+    symbols = relax.analysis.defined_symbolic_vars(module[FUNCTION])
+    if "capacity" in {str(v.name) for v in symbols}:
+        module = relax.transform.BindSymbolicVars({"capacity": capacity}, FUNCTION)(module)
     with target:
-        return pipeline(module)
+        return planned(relax.transform.DeadCodeElimination([FUNCTION])(module))
 
 
 def plan(module: Any, target: Any, capacity: int = 0) -> Program:
