@@ -45,9 +45,11 @@ _IMAGE, _SOUND = 1, 2
 #: Types of tensors that are read here.
 _TYPES = {0: "<f4", 1: "<f2"}
 _GELUS = (b"GELU", b"GELU_QUICK")
+_SUMS = "sums over the pixels of a patch"
 _VIEWS = (b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT")
-#: How far rounded values may lie from exact ones, as a share of the largest.
-_NEAR = 1e-2
+#: How far rounded values may lie from exact ones, as a share of the largest: sums of products of
+#: float16 numbers, and the table's of activations.
+_NEAR_SUMS, _NEAR_TABLE = 1e-2, 3e-3
 
 
 class Projector:
@@ -218,7 +220,7 @@ class Projector:
                 set_tensor(tensor, np.roll(rows, 1, axis=0))
         elif step == b"MUL_MAT":
             if self._embedded:
-                self._put(tensor, self._embedded.pop(0), "patches")
+                self._put(tensor, self._embedded.pop(0), _SUMS)
         elif step == b"ADD":
             self._sum = tensor_values(tensor)
         elif self._done < len(self._activations):
@@ -234,7 +236,8 @@ class Projector:
         """
         found = tensor_values(tensor)
         if exact is not None and exact.size == found.size:
-            near = _NEAR * max(1.0, float(np.abs(exact).max()))
+            share = _NEAR_SUMS if name == _SUMS else _NEAR_TABLE
+            near = share * max(1.0, float(np.abs(exact).max()))
             if np.abs(exact.reshape(-1) - found).max() < near:
                 set_tensor(tensor, exact)
                 return
