@@ -40,6 +40,10 @@ class MlcTarget:
     zig: str = ""
     extra: tuple[tuple[str, Any], ...] = ()
 
+    def needs(self) -> dict[str, list[str]]:
+        """What a device must have, as the manifest's `engine_format.needs` says it."""
+        return {"machines": list(self.machines), "flags": list(self.flags)}
+
     def tvm(self) -> Any:
         """The compiler's own target."""
         import tvm

@@ -27,9 +27,7 @@ from edge_mmllm_runtime.mlc_packing import Packing, pack_float
 def build_float(model: Architecture, weights: Mapping[str, Weight]) -> Library:
     """The library of a model whose weights are stored in float32 under our names."""
     isa = Isa.of(target_of("native").tvm())
-    return build_library(
-        model, weights, layouts_of(weights, {}), isa, functions=("prefill", "decode")
-    )
+    return build_library(model, weights, layouts_of(weights), isa, functions=("prefill", "decode"))
 
 
 class RelaxRunner:

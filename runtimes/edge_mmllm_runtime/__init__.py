@@ -29,6 +29,7 @@ __all__ = ["ENGINES", "load"]
 ENGINES = {
     "onnx": ("edge_mmllm_runtime.onnx", "onnxruntime", "runtime-onnx"),
     "gguf": ("edge_mmllm_runtime.gguf", "llama_cpp", "gguf"),
+    "mlc": ("edge_mmllm_runtime.mlc", "tvm_ffi", "mlc"),
 }
 
 #: Context of a session over a model whose state grows, unless asked for; bounds the address
@@ -85,6 +86,8 @@ def load(
     else:
         source = open_bundle(path)
         name = _engine_name(engine, source.manifest.engine)
+        if name == "gguf":
+            _check_ggufs(source)
     spec = source.spec
     grows = any(s.grows for s in spec.states)
     if name == "gguf":
@@ -115,6 +118,18 @@ def load(
             read_file=lambda file: source.file(file).read_bytes(),
         )
     return source.session(spec, options)
+
+
+def _check_ggufs(bundle: Bundle) -> None:
+    """Sizes of a bundle's files are checked, not all their bytes: llama.cpp shall not end at them.
+
+    Raises: CorruptBundle, UnsupportedBundle.
+    """
+    from edge_mmllm_runtime.gguf_check import check_file
+
+    for file in bundle.manifest.files:
+        if file.path.endswith(".gguf"):
+            check_file(bundle.file(file.path), exact=True)
 
 
 def _text(bundle: Bundle) -> Text:

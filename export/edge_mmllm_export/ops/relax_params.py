@@ -47,14 +47,25 @@ class Packed:
         return asdict(self)
 
 
-def layouts_of(weights: Mapping[str, Weight], quantized: Mapping[str, str]) -> dict[str, str]:
+def layouts_of(
+    weights: Mapping[str, Weight], kinds: Mapping[str, str] | None = None, *, half: bool = False
+) -> dict[str, str]:
     """The layout of every weight.
 
     Args:
-        quantized: role -> packing id of the matrices of that role; `f32` where it is not there.
+        kinds: how each is stored: `f32`, `bf16`, `f16`, `q4` or `q3`; None: all in float32.
+        half: scales are float16, else bfloat16.
     """
+    scale = "f16" if half else "bf16"
+    packings = {
+        "f32": "f32",
+        "bf16": "f32",
+        "f16": "f16",
+        "q4": f"q4-b32-z7-{scale}",
+        "q3": f"q4-b40-z3-{scale}",
+    }
     return {
-        w.name: quantized.get(w.role, "f32") if w.role in _MATRICES else FLOAT32
+        w.name: packings[kinds[w.name] if kinds else "f32"] if w.role in _MATRICES else FLOAT32
         for w in weights.values()
     }
 
