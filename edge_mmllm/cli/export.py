@@ -36,7 +36,9 @@ GGUF_KINDS = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q5_K", "Q4_K", "Q3_K",
     "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 )  # fmt: skip
-FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
+#: The same words as the runtime's mlc_weights.QUANTIZATIONS.
+MLC_QUANTS = ("q0f16", "q0f32", "q3f16_1", "q4f16_0", "q4f16_1", "q4f16_2", "q4f32_1")
+FORMATS = ("onnx", "gguf", "mlc")
 
 
 @click.command("export")
@@ -44,13 +46,23 @@ FORMATS, LATER_FORMATS = ("onnx", "gguf"), ("mlc",)
 @click.option("--out", metavar="DIR", help="The bundle's folder.")
 @click.option(
     "--format", "format_", default="onnx", show_default=True, metavar="FORMAT",
-    help="The bundle's format: onnx, or gguf for llama.cpp (mlc comes with a later release).",
+    help="The bundle's format: onnx, gguf for llama.cpp, or mlc: compiled by TVM.",
 )  # fmt: skip
 @click.option("--quant", type=click.Choice(QUANT_NAMES), default="int4", show_default=True)
 @click.option(
     "--gguf-type", type=click.Choice(GGUF_TYPES, case_sensitive=False),
     metavar="TYPE", help="With --format gguf: what matrices are stored as, instead of --quant, "
     "e.g. Q4_K_M, Q6_K, IQ4_XS (K and I types through llama.cpp).",
+)  # fmt: skip
+@click.option(
+    "--mlc-quant", type=click.Choice(MLC_QUANTS), metavar="NAME",
+    help="With --format mlc: mlc-llm's name of a quantization, instead of --quant, e.g. q4f16_1; "
+    "int4 means q4f32_1, f16 q0f16, f32 q0f32.",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME",
+    help="With --format mlc: what to compile for: native (the default), x86-64-v3, aarch64, "
+    "aarch64-dotprod, armv7, aarch64-android; none: weights alone. May be given again.",
 )  # fmt: skip
 @click.option(
     "--imatrix", metavar="FILE",
@@ -139,13 +151,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
 
 
 def _check_format(name: str) -> None:
-    """Raises: UsageError for a format of a later release, or of none."""
-    if name in LATER_FORMATS:
-        raise UsageError(
-            f"--format {name} comes with a later release",
-            expected=" | ".join(FORMATS), found=name,
-            fix="export with --format onnx",
-        )  # fmt: skip
+    """Raises: UsageError for a format that there is not."""
     if name not in FORMATS:
         raise UsageError("unknown --format", expected=" | ".join(FORMATS), found=name)
 
@@ -190,6 +196,8 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
         imatrix=given["imatrix"],
         imatrix_text=given["imatrix_text"],
         imatrix_chunks=given["imatrix_chunks"],
+        mlc_quant=given["mlc_quant"],
+        targets=given["targets"],
     )
 
 

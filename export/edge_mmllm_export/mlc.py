@@ -78,13 +78,15 @@ class StoredTensor:
         parts: the weights of ours that it is made of.
         quantized: in groups along K.
         transposed: K comes first.
+        searched: its scales are (see `mlc_quant`).
     """
 
     tensor: MlcTensor
     parts: tuple[Weight, ...]
     records: tuple[Record, ...]
-    quantized: bool
-    transposed: bool
+    quantized: bool = False
+    transposed: bool = False
+    searched: bool = False
 
     @property
     def rows(self) -> int:
@@ -156,6 +158,8 @@ def quantization(plan: QuantPlan, name: str | None) -> Quantization:
             f"--quant {plan.name} has no word in MLC's format",
             expected="--quant " + " | ".join(DEFAULTS) + ", or --mlc-quant",
         )
+    if name is not None and plan == plan_for(QUANTIZATIONS[name]):
+        return QUANTIZATIONS[name]
     if plan.block_size != 32 or plan.zero != "none" or plan.overrides or plan.embedding:
         raise UsageError(
             "MLC's quantizations have no parts to choose",
@@ -163,6 +167,11 @@ def quantization(plan: QuantPlan, name: str | None) -> Quantization:
             fix="--mlc-quant q4f16_2 leaves embedding and head as they are",
         )
     return QUANTIZATIONS[name or DEFAULTS[plan.name]]
+
+
+def plan_for(quant: Quantization) -> QuantPlan:
+    """The plan whose matrices are stored so."""
+    return QuantPlan(name="int4" if quant.bits else "f16" if quant.half else "f32")
 
 
 def layout(model: Architecture, weights: Mapping[str, Weight], quant: Quantization) -> MlcFiles:
@@ -173,6 +182,8 @@ def layout(model: Architecture, weights: Mapping[str, Weight], quant: Quantizati
     """
     found = mlc_map(model)
     drafts = [_stored(t, tuple(weights[n] for n in t.parts), quant) for t in found.tensors]
+    if not found.stock:
+        drafts = [replace(d, searched=True) for d in drafts]
     spots, shards = shard([r.size_bytes for d in drafts for r in d.records])
     left = iter(spots)
     tensors = []
@@ -240,7 +251,7 @@ def _stored(t: MlcTensor, parts: tuple[Weight, ...], quant: Quantization) -> Sto
         return StoredTensor(t, parts, records, quantized=True, transposed=transposed)
     shape = t.shape or (rows, *parts[0].shape[1:])
     record = Record(t.name, shape, _encoding(t, quant), -1, -1)
-    return StoredTensor(t, parts, (record,), quantized=False, transposed=False)
+    return StoredTensor(t, parts, (record,))
 
 
 def _encoding(t: MlcTensor, quant: Quantization) -> Encoding:
@@ -298,7 +309,7 @@ def _rounded(w: Weight, t: StoredTensor, quant: Quantization) -> Weight:
 def rounded(rows: Float32, t: StoredTensor, quant: Quantization) -> Float32:
     """Rows of a weight of ours as they come back from the files."""
     if t.quantized:
-        words, scales = quantize(rows, quant)
+        words, scales = quantize(rows, quant, searched=t.searched)
         return dequantize(words, stored_scales(scales, quant), rows.shape[1], quant)
     encoding, change = t.records[0].encoding, t.tensor.change
     values = short(changed(rows, change), encoding)

@@ -152,7 +152,7 @@ def _write_tile(
         data = _encoded(rows, r.encoding)
         _pwrite(descriptors[r.shard], data, r.offset + (row + start) * wide)
         return rows.size
-    words, scales = quantize(rows, files.quant)
+    words, scales = quantize(rows, files.quant, searched=t.searched)
     stored = stored_scales(scales, files.quant)
     both: tuple[NDArray[Any], ...] = (words, stored)
     for r, values in zip(t.records, both, strict=True):

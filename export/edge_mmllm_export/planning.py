@@ -43,6 +43,9 @@ class ExportOptions:
         imatrix: a file with an importance matrix, for what llama.cpp quantizes.
         imatrix_text: a text to compute one from.
         imatrix_chunks: pieces of 512 tokens of that text to read at most.
+        mlc_quant: one of mlc-llm's names, e.g. `q4f16_1`; takes the place of the plan's name.
+        targets: what MLC's model libraries are compiled for; `none`: weights alone; empty: this
+            machine.
     """
 
     plan: QuantPlan = field(default_factory=QuantPlan)
@@ -63,6 +66,8 @@ class ExportOptions:
     imatrix: str | None = None
     imatrix_text: str | None = None
     imatrix_chunks: int = 20
+    mlc_quant: str | None = None
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_ram", "context", "imatrix_chunks"):
@@ -85,6 +90,11 @@ class ExportOptions:
             )
         if self.imatrix is not None and self.imatrix_text is not None:
             raise UsageError("--imatrix and --imatrix-text exclude each other", expected="one")
+        if self.format != "mlc" and (self.mlc_quant is not None or self.targets):
+            raise UsageError(
+                "mlc_quant and targets are for --format mlc",
+                found=self.mlc_quant or " ".join(self.targets),
+            )
         if self.inputs not in get_args(Inputs):
             raise UsageError(
                 "unknown inputs", expected=" | ".join(get_args(Inputs)), found=repr(self.inputs)

@@ -100,7 +100,12 @@ def test_the_choices_are_the_exporters() -> None:
 @pytest.mark.parametrize(
     ("options", "status", "kind", "text"),
     [
-        (["--format", "mlc"], 2, "UsageError", "later release"),
+        (["--format", "mlc", "--quant", "int8"], 2, "UsageError", "--quant int8"),
+        (["--format", "mlc", "--block-size", "64"], 2, "UsageError", "--block-size"),
+        (["--format", "mlc", "--target", "none", "--target", "armv7"], 2, "UsageError", "none"),
+        (["--format", "mlc", "--mlc-quant", "q5f16_1"], 2, "UsageError", "q5f16_1"),
+        (["--mlc-quant", "q4f16_1"], 2, "UsageError", "--format mlc"),
+        (["--target", "armv7"], 2, "UsageError", "--format mlc"),
         (["--format", "tflite"], 2, "UsageError", "unknown --format"),
         (["--quant", "Q4_0"], 2, "UsageError", "Q4_0"),
         (["--block-size", "33"], 2, "UsageError", "33"),

@@ -13,6 +13,7 @@ __all__ = ["FORMATS", "Artefact", "Format", "Inputs", "Job", "Written", "output_
 FORMATS = {
     "onnx": "onnx:ONNX",
     "gguf": "gguf:GGUF",
+    "mlc": "mlc:MLC",
 }
 
 
