@@ -65,6 +65,10 @@ FORMATS = ("onnx", "gguf", "mlc")
     "aarch64-dotprod, armv7, aarch64-android; none: weights alone. May be given again.",
 )  # fmt: skip
 @click.option(
+    "--standalone", is_flag=True,
+    help="With --format mlc: also a C library for each target that needs no runtime.",
+)  # fmt: skip
+@click.option(
     "--imatrix", metavar="FILE",
     help="Importance matrix for K and I types, of `edge-mmllm imatrix` or of llama.cpp.",
 )  # fmt: skip
@@ -198,6 +202,7 @@ def _options(given: dict[str, Any], record: str) -> ExportOptions:
         imatrix_chunks=given["imatrix_chunks"],
         mlc_quant=given["mlc_quant"],
         targets=given["targets"],
+        standalone=given["standalone"],
     )
 
 

@@ -28,7 +28,8 @@ class Request:
     Attributes:
         quantization: a key of `QUANTIZATIONS`.
         targets: names as in `mlc_targets`.
-        folder: where `lib/TARGET.so` goes.
+        folder: where `lib/TARGET.so` goes, and where the weight files are.
+        standalone: also write `standalone/TARGET/` (see `standalone`).
     """
 
     source: str
@@ -37,6 +38,7 @@ class Request:
     quantization: str
     targets: tuple[str, ...]
     folder: str
+    standalone: bool = False
 
 
 def library_file(target: str) -> str:
@@ -47,7 +49,8 @@ def library_file(target: str) -> str:
 def compile_libraries(request: Request) -> dict[str, Any]:
     """Have a child compile.
 
-    Returns: target -> what a machine needs to run its library: `machines`, `flags`.
+    Returns: target -> what a machine needs to run its library: `machines`, `flags`; with
+        `standalone`, of that: what it holds.
     Raises:
         UnsupportedArchitecture, UsageError, ExportError, MissingDependency: as the child says.
     """
@@ -111,6 +114,12 @@ def run(request: Request) -> dict[str, Any]:
         layouts = layouts_of(weights, files.kinds, half=files.quant.half)
         mlc_library.compile_library(model, weights, layouts, files.quant.name, target, out)
         needs[name] = {"machines": list(target.machines), "flags": list(target.flags)}
+        if request.standalone:
+            from edge_mmllm_export.standalone import export_standalone
+
+            needs[name]["standalone"] = export_standalone(
+                model, weights, layouts, files, target, Path(request.folder)
+            ).to_json()
     return needs
 
 

@@ -46,6 +46,7 @@ class ExportOptions:
         mlc_quant: one of mlc-llm's names, e.g. `q4f16_1`; takes the place of the plan's name.
         targets: what MLC's model libraries are compiled for; `none`: weights alone; empty: this
             machine.
+        standalone: write a C library without a runtime for each target, beside.
     """
 
     plan: QuantPlan = field(default_factory=QuantPlan)
@@ -68,6 +69,7 @@ class ExportOptions:
     imatrix_chunks: int = 20
     mlc_quant: str | None = None
     targets: tuple[str, ...] = ()
+    standalone: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_ram", "context", "imatrix_chunks"):
@@ -94,6 +96,11 @@ class ExportOptions:
             raise UsageError(
                 "mlc_quant and targets are for --format mlc",
                 found=self.mlc_quant or " ".join(self.targets),
+            )
+        if self.standalone and (self.format != "mlc" or self.targets == ("none",)):
+            raise UsageError(
+                "standalone libraries are for --format mlc with a target",
+                found=f"--format {self.format} {' '.join(f'--target {t}' for t in self.targets)}",
             )
         if self.inputs not in get_args(Inputs):
             raise UsageError(

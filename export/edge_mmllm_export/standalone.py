@@ -19,8 +19,8 @@ import hashlib
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,11 +29,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_mmllm.errors import ExportError
+from edge_mmllm_export.mlc import MlcFiles
+from edge_mmllm_export.mlc_library import build_library
 from edge_mmllm_export.mlc_link import Linker, find_linker
 from edge_mmllm_export.mlc_targets import MlcTarget
+from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.relax_params import Layouts
+from edge_mmllm_export.ops.tir.isa import Isa
 from edge_mmllm_export.standalone_kernels import compile_kernels
 from edge_mmllm_export.standalone_plan import Program, Slot, plan
 from edge_mmllm_export.standalone_source import graph_header
+from edge_mmllm_export.weights import Weight
+from edge_mmllm_runtime.mlc_parameters import packed
+from edge_mmllm_runtime.mlc_weights import WeightFiles
 
 LIBRARY, WEIGHTS, KERNELS = "libedge_model.so", "model.weights", "kernels.o"
 GRAPH = "edge_model_graph.h"
@@ -45,6 +53,8 @@ _HEADER = struct.Struct("<8sIIQII32s")
 _FORMAT = 1
 #: What every compiler here takes. No -march: the C code is not where time goes.
 _OPTIONS = ("-std=c11", "-O2", "-DEDGE_MODEL_THREADS", "-pthread", "-s")
+#: Most tokens that kv states have room for: they are allocated whole. `--context` asks for fewer.
+LONGEST_TOKENS = 2048
 #: A parameter's array by its name.
 ParameterReader = Callable[[str], NDArray[Any]]
 
@@ -66,6 +76,44 @@ class Standalone:
     library_bytes: int
     kernels: int
     calls: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a manifest: the folder by its name in the bundle."""
+        return {**asdict(self), "folder": standalone_folder(self.target)}
+
+
+def standalone_folder(target: str) -> str:
+    """Path of a target's library in the bundle."""
+    return f"standalone/{target}"
+
+
+def export_standalone(
+    model: Architecture,
+    weights: Mapping[str, Weight],
+    layouts: Layouts,
+    files: MlcFiles,
+    target: MlcTarget,
+    root: Path,
+) -> Standalone:
+    """Write `standalone/TARGET/` of a bundle whose weight files lie in `root`.
+
+    Raises: as `write_standalone`.
+    """
+    isa = Isa.of(target.tvm())
+    library = build_library(
+        model, weights, layouts, isa, quantization=files.quant.name, functions=("decode",)
+    )
+    grows = any(s.grows for s in model.states())
+    capacity = min(model.context_length or LONGEST_TOKENS, LONGEST_TOKENS) if grows else 0
+    with WeightFiles(root, views=files.views) as stored:
+        return write_standalone(
+            library.module,
+            lambda name: packed(library.parameters[name].to_json(), stored.read),
+            root / standalone_folder(target.name),
+            target,
+            name=model.name,
+            capacity=capacity,
+        )
 
 
 def write_standalone(

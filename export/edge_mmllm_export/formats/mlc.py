@@ -52,7 +52,8 @@ class MlcArtefact:
 
     @property
     def size_bytes(self) -> int:
-        return self.files.size_bytes + _BESIDE_BYTES + _LIBRARY_BYTES * len(self.targets)
+        each = _LIBRARY_BYTES + (self.files.size_bytes if self.options.standalone else 0)
+        return self.files.size_bytes + _BESIDE_BYTES + each * len(self.targets)
 
     @property
     def child_ram_bytes(self) -> int:
@@ -95,14 +96,19 @@ class MlcArtefact:
                     quantization=files.quant.name,
                     targets=self.targets,
                     folder=str(writer.root),
+                    standalone=self.options.standalone,
                 )
             )
+        standalone = {
+            n: need.pop("standalone") for n, need in needs.items() if "standalone" in need
+        }
         libraries = {name: mlc_compile.library_file(name) for name in needs}
         engine_format = {
             "quantization": files.quant.name,
             "libraries": libraries,
             "needs": needs,
             "views": {name: asdict(view) for name, view in files.views.items()},
+            **({"standalone": standalone} if standalone else {}),
         }
         inputs = ["input_ids", "logit_rows"]
         if any(s.kind == "kv" for s in self.states):
