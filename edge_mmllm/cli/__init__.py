@@ -24,6 +24,7 @@ __all__ = ["COMMANDS", "main"]
 #: Sub-command -> its line in `--help` (the command's own help begins with the same line).
 COMMANDS = {
     "export": "Export a checkpoint to a quantized, judged bundle.",
+    "adapter": "Make a GGUF file of a LoRA adapter, for `run --lora`.",
     "imatrix": "Compute an importance matrix for GGUF's K and I types.",
     "run": "Answer one prompt.",
     "chat": "Talk with a bundle's model.",

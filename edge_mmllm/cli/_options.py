@@ -84,6 +84,22 @@ def context_option(command: Decorated) -> Decorated:
     return click.option("--context", type=POSITIVE, metavar="N", help=text)(command)
 
 
+def lora_option(command: Decorated) -> Decorated:
+    """`--lora`."""
+    text = "Apply this LoRA adapter (GGUF models; see `adapter`). May be given again."
+    return click.option("--lora", multiple=True, metavar="FILE[=SCALE]", help=text)(command)
+
+
+def lora_given(values: tuple[str, ...]) -> list[tuple[str, float]] | None:
+    """Files and scales of `--lora`; None without any."""
+    found = []
+    for value in values:
+        file, _, scale = value.rpartition("=")
+        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", scale)
+        found.append((file, float(scale)) if file and number else (value, 1.0))
+    return found or None
+
+
 #: Modality -> what its option's help says.
 _MEDIA = {
     "image": "A picture to ask about.",

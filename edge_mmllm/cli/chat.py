@@ -14,6 +14,8 @@ import click
 from edge_mmllm.cli._options import (
     constraint_options,
     context_option,
+    lora_given,
+    lora_option,
     sampling_options,
     threads_option,
 )
@@ -28,6 +30,7 @@ from edge_mmllm.cli.run import answer_settings, writer
 @constraint_options
 @threads_option
 @context_option
+@lora_option
 @click.option("--raw", is_flag=True, help="No chat template: continue the text, turn by turn.")
 def command(bundle: str, **given: Any) -> None:
     """Talk with a bundle's model.
@@ -40,7 +43,8 @@ def command(bundle: str, **given: Any) -> None:
     from edge_mmllm_runtime.chat import Conversation, chat
 
     settings = answer_settings(given)
-    with load(bundle, threads=given["threads"], context=given["context"]) as session:
+    lora = lora_given(given["lora"])
+    with load(bundle, threads=given["threads"], context=given["context"], lora=lora) as session:
         talk = Conversation(session, settings, system=given["system"], raw=given["raw"])
         at_terminal = sys.stdin.isatty()
         if at_terminal:

@@ -14,6 +14,8 @@ from edge_mmllm.cli._options import (
     constraint_options,
     context_option,
     json_option,
+    lora_given,
+    lora_option,
     media_given,
     media_options,
     sampling_options,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 @constraint_options
 @threads_option
 @context_option
+@lora_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
 @click.option(
     "--state", metavar="PATH", help="Go on from this state file: the prompt is what comes next."
@@ -71,6 +74,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             answer_settings(given),
             threads=given["threads"],
             context=given["context"],
+            lora=lora_given(given["lora"]),
             raw=given["raw"],
             media=media_given(given),
             files=StateFiles(given["state"], given["save_state"], given["state_storage"]),

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from edge_mmllm.errors import MissingDependency, UnsupportedBundle, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from edge_mmllm.bundle import Bundle
     from edge_mmllm.text import Text
+    from edge_mmllm_runtime.adapters import Adapter, AdapterLike
     from edge_mmllm_runtime.engine import Engine, EngineOptions
     from edge_mmllm_runtime.session import Session
 
@@ -46,6 +47,7 @@ def load(
     prepacked_cache: str | os.PathLike[str] | None = None,
     kernels: str = "auto",
     trace: str | os.PathLike[str] | None = None,
+    lora: AdapterLike | Sequence[AdapterLike] | None = None,
 ) -> Session:
     """Opens a bundle, or a GGUF file from elsewhere, and makes it ready to run.
 
@@ -65,13 +67,15 @@ def load(
             program for it, unless $EDGE_MMLLM_KERNELS says otherwise.
         trace: a folder for the engine's own profile of its operators, written when the session
             is closed, see `edge_mmllm.profiling.operators`. It slows the engine.
+        lora: of a GGUF model: adapters as GGUF files (`edge-mmllm adapter` makes them), each with
+            a scale where it is `(file, scale)`. States belong to the model with its adapters.
 
     Raises:
         KernelError: `native` kernels that are not built here, or not in the bundle.
         BundleError: the bundle is damaged, unsafe or not for this release.
         MissingDependency: the engine's package is not installed.
         SessionError: no memory for the states, or the cache cannot be written.
-        UsageError: `engine`, `threads` or `context` does not fit the bundle.
+        UsageError: `engine`, `threads`, `context` or `lora` does not fit the bundle.
     """
     from edge_mmllm.bundle import open_bundle
     from edge_mmllm.profiling.machine import default_threads
@@ -86,8 +90,6 @@ def load(
     else:
         source = open_bundle(path)
         name = _engine_name(engine, source.manifest.engine)
-        if name == "gguf":
-            _check_ggufs(source)
     spec = source.spec
     grows = any(s.grows for s in spec.states)
     if name == "gguf":
@@ -106,30 +108,45 @@ def load(
             expected=f"1 to {most_threads()}",
             found=str(threads),
         )
-    options = EngineOptions(threads or default_threads(), context, prepacked_cache, kernels, trace)
+    adapters = _adapters(lora, name)
+    options = EngineOptions(
+        threads or default_threads(), context, prepacked_cache, kernels, trace, adapters
+    )
     if not isinstance(source, GgufFile):
         engine_ = _opener(name)(source, options)
         return Session(
             engine_,
             spec,
-            source.sha256,
+            _identity(source.sha256, adapters),
             partial(_text, source),
             context=context,
             read_file=lambda file: source.file(file).read_bytes(),
         )
-    return source.session(spec, options)
+    return replace(source, sha256=_identity(source.sha256, adapters)).session(spec, options)
 
 
-def _check_ggufs(bundle: Bundle) -> None:
-    """Sizes of a bundle's files are checked, not all their bytes: llama.cpp shall not end at them.
+def _adapters(given: object, engine: str) -> tuple[Adapter, ...]:
+    """The adapters asked for. Raises: UsageError: not of this engine."""
+    if given is None:
+        return ()
+    if engine != "gguf":
+        raise UsageError(
+            "this engine applies no adapters while it runs",
+            expected="a GGUF model",
+            found=f"engine {engine}",
+            fix="merge it: edge-mmllm export SRC --lora DIR",
+        )
+    from edge_mmllm_runtime.adapters import adapters_of
 
-    Raises: CorruptBundle, UnsupportedBundle.
-    """
-    from edge_mmllm_runtime.gguf_check import check_file
+    return adapters_of(given)  # type: ignore[arg-type]
 
-    for file in bundle.manifest.files:
-        if file.path.endswith(".gguf"):
-            check_file(bundle.file(file.path), exact=True)
+
+def _identity(sha256: str, adapters: tuple[Adapter, ...]) -> str:
+    if not adapters:
+        return sha256
+    from edge_mmllm_runtime.adapters import identity
+
+    return identity(sha256, adapters)
 
 
 def _text(bundle: Bundle) -> Text:

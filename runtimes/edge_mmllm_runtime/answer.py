@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from edge_mmllm_runtime.sampling import Sampling
 from edge_mmllm_runtime.session import Session
 
 if TYPE_CHECKING:
+    from edge_mmllm_runtime.adapters import AdapterLike
     from edge_mmllm_runtime.constrained import Constraint, ConstraintCost
 
 Write = Callable[[str], object]
@@ -77,6 +78,7 @@ def run(
     *,
     threads: int | None = None,
     context: int | None = None,
+    lora: Sequence[AdapterLike] | None = None,
     raw: bool = False,
     media: Media | None = None,
     files: StateFiles | None = None,
@@ -89,7 +91,7 @@ def run(
         path: the bundle's folder.
         prompt: text; it goes through the bundle's chat template as a user's message where there
             is one, unless `raw`.
-        threads, context: see `load`.
+        threads, context, lora: see `load`.
         media: modality (`image`, ...) -> files, asked about: see `Session.generate`.
         files: state files to go on from (the prompt is then what comes next) and to leave behind.
         write: gets the answer piece by piece.
@@ -102,7 +104,7 @@ def run(
     files = files or StateFiles()
     files.check()
     started = time.perf_counter()
-    with load(path, threads=threads, context=context) as session:
+    with load(path, threads=threads, context=context, lora=lora) as session:
         session.perception.keep_stages = False  # there is one prompt
         restored = 0 if files.load is None else session.load_state(files.load)
         load_ms = (time.perf_counter() - started) * 1e3

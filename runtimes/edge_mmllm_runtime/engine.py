@@ -13,10 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.adapters import Adapter
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -33,6 +36,7 @@ class EngineOptions:
         prepacked_cache: folder for weights in the CPU's own layout; None for none.
         kernels: `auto`, `native` or `stock`: see `native.wanted`.
         trace: folder for the engine's own profile of its operators, which slows it; None: none.
+        lora: adapters to apply while the model runs.
     """
 
     threads: int
@@ -40,6 +44,7 @@ class EngineOptions:
     prepacked_cache: str | os.PathLike[str] | None = None
     kernels: str = "auto"
     trace: str | os.PathLike[str] | None = None
+    lora: tuple[Adapter, ...] = ()
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, StateMismatch
 from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
+from edge_mmllm_runtime.adapters import Adapter, check
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
@@ -57,6 +58,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> GgufEngine:
         threads=options.threads,
         context=options.context,
         media={name: bundle.file(file) for name, file in others.items()},
+        lora=options.lora,
     )
 
 
@@ -77,6 +79,7 @@ class GgufEngine:
         threads: to compute with.
         context: tokens to make room for; None where no state grows.
         media: the file of each stage before the decoder.
+        lora: adapters to apply.
 
     Raises:
         CorruptBundle: llama.cpp refuses the file, or it is not as the spec says.
@@ -94,13 +97,18 @@ class GgufEngine:
         threads: int,
         context: int | None,
         media: Mapping[str, Path] | None = None,
+        lora: Sequence[Adapter] = (),
     ) -> None:
         self.version: str = "llama-cpp-python " + version("llama-cpp-python")
         self.threads = threads
         self.model = Model(path)
         self._api = self.model.api
         self._context: Any = None
+        self._adapters: list[tuple[Any, float]] = []
         try:
+            if lora:
+                check(path, lora)
+                self._adapters = [(self.model.adapter(a.path), a.scale) for a in lora]
             found = (self.model.vocab_size, self.model.hidden_size)
             if found != (spec.vocab_size, spec.hidden_size):
                 raise CorruptBundle(
@@ -141,6 +149,15 @@ class GgufEngine:
                 "llama.cpp cannot make a context",
                 found=str(log),
                 fix="load(..., context=N) with a smaller N",
+            )
+        if self._adapters:
+            pointers, scales = zip(*self._adapters, strict=True)
+            count = len(pointers)
+            api.llama_set_adapters_lora(
+                context,
+                (api.llama_adapter_lora_p_ctypes * count)(*pointers),
+                count,
+                (ctypes.c_float * count)(*scales),
             )
         self._context, self._room = context, room
         self._memory = api.llama_get_memory(context)

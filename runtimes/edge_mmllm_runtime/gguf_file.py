@@ -70,7 +70,9 @@ class GgufFile:
         from edge_mmllm_runtime.gguf import GgufEngine
         from edge_mmllm_runtime.session import Session
 
-        engine = GgufEngine(spec, self.path, threads=options.threads, context=options.context)
+        engine = GgufEngine(
+            spec, self.path, threads=options.threads, context=options.context, lora=options.lora
+        )
         model = engine.model
         return Session(
             engine, spec, self.sha256, lambda: VocabText(spec.text, model), context=options.context

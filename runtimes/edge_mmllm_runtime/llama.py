@@ -168,6 +168,16 @@ class Model:
                 return text.raw[:count]
             room = -count
 
+    def adapter(self, path: Path) -> Any:
+        """A LoRA adapter for this model, which ends with it. Raises: CorruptBundle."""
+        log.restart()
+        found = self.api.llama_adapter_lora_init(self.pointer, str(path).encode())
+        if not found:
+            raise CorruptBundle(
+                "llama.cpp cannot load the adapter", where=str(path), found=str(log)
+            )
+        return found
+
     def piece(self, token: int) -> tuple[bytes, bool]:
         """What a valid id adds to a text (of a special one its name), and whether that is text."""
         room = 256

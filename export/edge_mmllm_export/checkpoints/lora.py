@@ -60,6 +60,21 @@ class _Delta:
     embedding: bool
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What one weight gets: `scale * b @ a`, or for an embedding its transpose.
+
+    Attributes:
+        a: float32 `(r, K)`; of an embedding `(r, vocab)`.
+        b: float32 `(N, r)`; of an embedding `(hidden, r)`.
+    """
+
+    a: Float32
+    b: Float32
+    scale: float
+    embedding: bool
+
+
 class LoraCheckpoint:
     """`base` with the adapter in `directory` merged in; see the module.
 
@@ -81,7 +96,9 @@ class LoraCheckpoint:
                 )
         self._file = SafetensorsFile(directory / WEIGHTS)
         config = read_json(directory / CONFIG)
-        self._deltas = self._matched(Fields(config, str(directory / CONFIG)))
+        fields = Fields(config, str(directory / CONFIG))
+        self._deltas = self._matched(fields)
+        self.alpha = float(fields.number("lora_alpha", 8)) or 1.0
         self.source: Path = base.source
         self.layout: Layout = base.layout
 
@@ -173,6 +190,12 @@ class LoraCheckpoint:
     def targets(self) -> tuple[str, ...]:
         """The weights that the adapter changes."""
         return tuple(self._deltas)
+
+    def factors(self, name: str) -> Factors:
+        """What a weight of `targets` gets."""
+        delta = self._deltas[name]
+        read = self._file.read
+        return Factors(read(delta.a), read(delta.b), delta.scale, delta.embedding)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
         """See `Checkpoint.read`; merged."""
