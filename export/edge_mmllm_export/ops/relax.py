@@ -25,9 +25,13 @@ from edge_mmllm_export.ops import (
 from edge_mmllm_export.ops.base import Activation, Attention, Rope, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.relax_missing import MissingOps
 from edge_mmllm_export.ops.relax_params import FLOAT32, Layouts, Packed, packed
+from edge_mmllm_export.ops.tir import scan
 from edge_mmllm_export.ops.tir.isa import Isa
 from edge_mmllm_export.weights import Weight
 from edge_mmllm_runtime.mlc_packing import Packing
+
+#: The packing of small tables that kernels read by vectors.
+PACKED = "f32"
 
 #: A Relax variable, `(seq, width)` float32 (tvm ships no type hints).
 Value = Any
@@ -71,10 +75,10 @@ class RelaxOps(MissingOps[Value]):
     def _emit(self, expr: Value) -> Value:
         return self._builder.emit(expr)
 
-    def _of(self, w: Weight) -> Value:
-        """The function's parameter of a weight."""
+    def _of(self, w: Weight, layout: str | None = None) -> Value:
+        """The function's parameter of a weight, in a layout that its kernel asks for."""
         if w.name not in self.parameters:
-            spec = packed(w, self._layouts[w.name])
+            spec = packed(w, layout or self._layouts[w.name])
             variable = relax.Var(w.name, relax.TensorType(spec.shape, spec.dtype))
             self.parameters[w.name] = (spec, variable)
         return self.parameters[w.name][1]
@@ -86,6 +90,10 @@ class RelaxOps(MissingOps[Value]):
         """Whether the number of rows is 1 at compile time."""
         seq = x.ty.shape[0]
         return not isinstance(seq, relax.Var) and getattr(seq, "value", None) == 1
+
+    def _length(self, x: Value) -> int | None:
+        """1 where that is the number of rows at compile time."""
+        return 1 if self._one(x) else None
 
     def _call(self, kernel: Any, name: str, inputs: list[Value], types: list[Any]) -> list[Value]:
         """Call a kernel that gives new values."""
@@ -295,10 +303,10 @@ class RelaxOps(MissingOps[Value]):
         self, x: Value, weight: Weight, bias: Weight | None, state: StateSpec, *, silu: bool
     ) -> Value:
         channels, width = weight.shape
-        kernel = relax_kernels.causal_conv(
-            channels, width, one=self._one(x), bias=bias is not None, silu=silu
+        kernel = scan.causal_conv(
+            channels, width, self._isa, seq=self._length(x), bias=bias is not None, silu=silu
         )
-        inputs = [x, self._of(weight), *([] if bias is None else [self._of(bias)])]
+        inputs = [x, self._of(weight, PACKED), *([] if bias is None else [self._of(bias)])]
         return self._in_place(kernel, "causal_conv", inputs, [state], channels)[0]
 
     def time_step(self, dt: Value, bias: Weight | None, limit: tuple[float, float]) -> Value:
@@ -318,8 +326,8 @@ class RelaxOps(MissingOps[Value]):
         state: StateSpec,
     ) -> Value:
         d_inner, d_state = decay.shape
-        kernel = relax_kernels.selective_scan(d_inner, d_state, one=self._one(x))
-        inputs = [x, dt, b, c, self._of(decay), self._of(skip)]
+        kernel = scan.selective_scan(d_inner, d_state, self._isa, seq=self._length(x))
+        inputs = [x, dt, b, c, self._of(decay, PACKED), self._of(skip)]
         return self._in_place(kernel, "selective_scan", inputs, [state], d_inner)[0]
 
     def gated_linear_attention(

@@ -51,7 +51,7 @@ def arg(name: str, shape: tuple[Expr, ...], dtype: str = "float32") -> Buffer:
 
 def local(count: int, dtype: str = "float32") -> Buffer:
     """Numbers that live inside the loop that they are declared in."""
-    return T.alloc_buffer((count,), dtype, scope="local")
+    return T.alloc_buffer((count,), dtype)
 
 
 def serial(count: Expr) -> Any:

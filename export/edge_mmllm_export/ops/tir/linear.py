@@ -114,7 +114,7 @@ def _quantized(p: Product, x: Expr, seq: Expr) -> _Input:
                 p, lambda i: vector.load(x, t, b * block + i, n=_LANES), t, b, words, scales, sums
             )
         if rest:
-            padded = T.alloc_buffer((block,), "float32", scope="local")
+            padded = T.alloc_buffer((block,), "float32")
             with T.serial(block) as i:
                 inside = T.if_then_else(i < rest, x[t, whole * block + T.min(i, rest - 1)], 0.0)
                 T.buffer_store(padded, inside, [i])

@@ -7,12 +7,10 @@ to names, or the code would grow with every use.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-#: A TIR expression or buffer (tvm ships no type hints).
-Expr = Any
+from edge_mmllm_export.ops.tir.isa import Expr, Isa
 
 
 def splat(value: Expr, n: int) -> Expr:
@@ -44,7 +42,7 @@ def _span(start: Expr, n: int) -> Expr:
 
 def local(n: int, dtype: str = "float32") -> Expr:
     """Room for `n` values that the compiler may keep in registers."""
-    return T.alloc_buffer((n,), dtype, scope="local")
+    return T.alloc_buffer((n,), dtype)
 
 
 def reduced(x: Expr, n: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -103,6 +101,34 @@ def exp(x: Expr, n: int) -> Expr:
     p = p * r * r + r + c(1.0)
     bits = T.shift_left(power + integer(127, n), integer(23, n))
     return p * T.reinterpret(kind("float32", n), bits)
+
+
+#: 2^r for |r| <= 1/2, relative error 7.5e-8: the polynomial of degree 5 whose largest is least.
+_EXP2 = (1.0000000716545654, 0.693146967061033, 0.24022119724229, 0.05550713279585625,
+         0.009675541318831546, 0.0013276470024919333)  # fmt: skip
+
+
+def exp2(x: Expr, n: int, isa: Isa) -> Expr:
+    """2^x for x of at most 0."""
+    x = T.bind(x)
+    scaled = isa.dot == "vnni512" and n == 16
+    if scaled:
+        whole = T.bind(T.nearbyint(x))
+        r = T.bind(x - whole)
+    else:
+        x = T.bind(T.max(x, splat(-126.0, n)))
+        power = T.bind(rounded(x, n))
+        r = T.bind(x - T.cast(power, kind("float32", n)))
+    p = splat(_EXP2[-1], n)
+    for term in _EXP2[-2::-1]:
+        p = p * r + splat(term, n)
+    if scaled:  # p * 2^whole in one instruction; what is too small becomes 0
+        return T.call_llvm_pure_intrin(
+            "float32x16", "llvm.x86.avx512.mask.scalef.ps.512",
+            p, whole, splat(0.0, n), T.int16(-1), T.int32(4),
+        )  # fmt: skip
+    bits = T.reinterpret(kind("int32", n), p) + T.shift_left(power, integer(23, n))
+    return T.reinterpret(kind("float32", n), bits)
 
 
 def sigmoid(x: Expr, n: int) -> Expr:
