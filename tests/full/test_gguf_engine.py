@@ -276,25 +276,64 @@ def test_files_that_llama_refuses(files, tmp_path) -> None:
     data = files["rwkv7"].read_bytes()
     path = tmp_path / "bad.gguf"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CorruptBundle, match=r"llama\.cpp"):
+    with pytest.raises(CorruptBundle, match="truncated"):
         edge_mmllm.load(path)
     path.write_bytes(b"GGUF" + b"\xff" * 100)
-    with pytest.raises(CorruptBundle, match=r"llama\.cpp"):
+    with pytest.raises(UnsupportedBundle, match="version"):
+        edge_mmllm.load(path)
+    path.write_bytes(data.replace(b"blk.1.attn_norm.weight", b"blk.1.attn_worm.weight"))
+    with pytest.raises(CorruptBundle, match=r"llama\.cpp cannot use"):
         edge_mmllm.load(path)
 
 
-def test_a_crash_is_an_error(files, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"crashed on it \(signal 11\)"),
+        ("import sys; print('[' * 10**6); sys.exit()", "crashed on it"),
+        ("import time; time.sleep(60)", "not loaded within 1 s"),
+        (
+            "from edge_mmllm_runtime import gguf_trial as t; t.describe = lambda _: b'x' * 2**33;"
+            "t.main('x', 0)",
+            "MemoryError",
+        ),
+        (
+            "from edge_mmllm_runtime import gguf_trial as t, llama; import os\n"
+            "t._confine(0)\nwhile True: os.write(2, bytes(1 << 20))",
+            "crashed on it|signal 25|File too large",
+        ),
+    ],
+)
+def test_what_becomes_of_the_child(files, monkeypatch, code, message) -> None:
+    from edge_mmllm_runtime import gguf_trial
+
+    python = gguf_trial.python_command
+    monkeypatch.setattr(gguf_trial, "python_command", lambda _: python(code))
+    monkeypatch.setattr(gguf_trial, "_PATIENCE_S", 1 if "sleep" in code else 60)
+    with pytest.raises(CorruptBundle, match=message):
+        edge_mmllm.load(files["rwkv7"])
+
+
+def test_a_file_that_changes_meanwhile(files, tmp_path, monkeypatch) -> None:
     from edge_mmllm_runtime import gguf_file
 
-    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-    monkeypatch.setattr(gguf_file, "python_command", lambda _: [sys.executable, "-c", crash])
-    with pytest.raises(CorruptBundle, match="crashed on it"):
-        edge_mmllm.load(files["rwkv7"])
+    path = tmp_path / "model.gguf"
+    path.write_bytes(files["rwkv7"].read_bytes())
+    try_file = gguf_file.try_file
+
+    def swap(place, size):
+        told = try_file(place, size)
+        path.write_bytes(files["rwkv7"].read_bytes())
+        return told
+
+    monkeypatch.setattr(gguf_file, "try_file", swap)
+    with pytest.raises(CorruptBundle, match="changed while"):
+        edge_mmllm.load(path)
 
 
 def test_what_is_no_decoder_alone(files, monkeypatch) -> None:
     from edge_mmllm_runtime import gguf_file
 
-    monkeypatch.setattr(gguf_file, "_child", lambda _: {"unsupported": "t5"})
+    monkeypatch.setattr(gguf_file, "try_file", lambda *_: {"unsupported": "t5"})
     with pytest.raises(UnsupportedBundle, match="t5"):
         edge_mmllm.load(files["rwkv7"])

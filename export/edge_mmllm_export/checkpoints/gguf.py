@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, MissingDependency
+from edge_mmllm_runtime.gguf_header import Faults, GgufTensor, read_header
 
 from .base import Float32, Layout, TensorInfo, TextAssets
 from .files import (
     NUMPY_DTYPES,
+    WeightFile,
     check_ranges,
     elements,
     lookup,
@@ -25,7 +27,6 @@ from .files import (
     row_range,
     valid_shape,
 )
-from .gguf_header import GgufTensor, open_header
 from .gguf_text import gguf_text
 
 try:
@@ -51,8 +52,9 @@ class GgufCheckpoint:
     def __init__(self, path: Path, source: Path) -> None:
         """Raises: CorruptCheckpoint, CheckpointError for a version, type or split unknown here."""
         self.path, self.source = path, source
-        self._file, self._header = open_header(path)
+        self._file = WeightFile(path)
         try:
+            self._header = read_header(self._file, Faults(CorruptCheckpoint, CheckpointError))
             self._check_split()
             self._tensors: dict[str, TensorInfo] = {}
             self._stored: dict[str, GgufTensor] = {}

@@ -127,7 +127,8 @@ class _Source:
         vocab = len(tokens)
         bos, eos, pad = (self.token_id(name, vocab) for name in ("bos", "eos", "padding"))
         if model == "llama":  # the format's defaults
-            bos, eos = 1 if bos is None else bos, 2 if eos is None else eos
+            bos = 1 if bos is None and vocab > 1 else bos
+            eos = 2 if eos is None and vocab > 2 else eos
         spec = TextSpec(
             "tokenizers",
             bos_id=bos,

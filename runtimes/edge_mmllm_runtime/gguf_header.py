@@ -7,6 +7,7 @@ data, offsets counting from there. A string is `u64 length` and its UTF-8 bytes;
 `u32 type, u64 count` and its items.
 
 Every count is checked against the bytes that are left before anything of its size is allocated.
+The device's loader and the exporter's reader share this; each has its own errors (`Faults`).
 
 Source: ggml/docs/gguf.md and ggml/src/gguf.cpp of llama.cpp.
 """
@@ -17,13 +18,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
-from edge_mmllm.errors import CheckpointError, CorruptCheckpoint
-
-from .files import WeightFile
+from edge_mmllm.errors import EdgeError
 
 #: Value types: number -> numpy type; strings (8) and arrays (9) have no fixed size.
 _NUMBERS = {
@@ -39,11 +38,13 @@ _NUMBERS = {
     11: "<i8",
     12: "<f8",
 }
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 
 #: Far above any real file (a 671B mixture of experts has about 1,100 tensors and 60 pairs).
 MAX_PAIRS, MAX_TENSORS = 1 << 16, 1 << 20
 MAX_STRING_BYTES = 64 << 20
+#: All texts that are kept at once: chat templates take kilobytes.
+MAX_TEXT_BYTES = 256 << 20
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_ALIGNMENT = 1 << 20
 
@@ -51,6 +52,23 @@ MAX_ALIGNMENT = 1 << 20
 LAZY_ITEMS = 1024
 
 _WINDOW_BYTES = 1 << 18
+
+
+class Readable(Protocol):
+    """A file that is read at positions."""
+
+    path: Path
+    size_bytes: int
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is raised: where a file is damaged, and where it is of a kind not read here."""
+
+    damaged: type[EdgeError]
+    unknown: type[EdgeError]
 
 
 @dataclass(frozen=True)
@@ -67,11 +85,13 @@ class GgufTensor:
 class GgufHeader:
     """Attributes:
     metadata: the pairs; long arrays are `GgufArray`.
+    kinds: the value type of each pair; of an array, minus one less that of its items (-9: texts).
     data_start: byte at which tensor offsets count from.
     """
 
     version: int
     metadata: dict[str, Any]
+    kinds: dict[str, int]
     tensors: tuple[GgufTensor, ...]
     data_start: int
     alignment: int
@@ -80,18 +100,20 @@ class GgufHeader:
 class GgufArray(Sequence[Any]):
     """A long metadata array, decoded from the file each time it is iterated or indexed."""
 
-    def __init__(self, file: WeightFile, key: str, kind: int, count: int, begin: int) -> None:
-        self._file, self._key, self._kind = file, key, kind
+    def __init__(
+        self, file: Readable, faults: Faults, key: str, kind: int, count: int, begin: int
+    ) -> None:
+        self._file, self._faults, self._key, self._kind = file, faults, key, kind
         self._count, self._begin = count, begin
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        cursor = _Cursor(self._file, self._begin)
-        if self._kind == _STRING:
-            for _ in range(self._count):
-                yield cursor.string(self._key)
+        cursor = _Cursor(self._file, self._faults, self._begin)
+        if self._kind == STRING:
+            for raw in cursor.strings(self._count, self._key):
+                yield cursor.decoded(raw, self._key)
         else:
             yield from cursor.numbers(self._kind, self._count, self._key)
 
@@ -109,16 +131,17 @@ class GgufArray(Sequence[Any]):
 class _Cursor:
     """Reads forward through a window of the file; never past its end, never all at once."""
 
-    def __init__(self, file: WeightFile, position: int = 0) -> None:
-        self.file, self.position = file, position
+    def __init__(self, file: Readable, faults: Faults, position: int = 0) -> None:
+        self.file, self.faults, self.position = file, faults, position
         self._window, self._window_start = b"", 0
+        self._kept = 0
 
     @property
     def left(self) -> int:
         return self.file.size_bytes - self.position
 
-    def bad(self, what: str, expected: str, found: object) -> CorruptCheckpoint:
-        return CorruptCheckpoint(
+    def bad(self, what: str, expected: str, found: object) -> EdgeError:
+        return self.faults.damaged(
             f"{self.file.path.name}: {what}",
             where=f"{self.file.path}, byte {self.position}",
             expected=expected,
@@ -141,6 +164,11 @@ class _Cursor:
     def u32(self, what: str) -> int:
         return int(struct.unpack("<I", self.take(4, what))[0])
 
+    def peek_u32(self, what: str) -> int:
+        """The next u32, which stays."""
+        value, self.position = self.u32(what), self.position - 4
+        return value
+
     def u64(self, what: str) -> int:
         return int(struct.unpack("<Q", self.take(8, what))[0])
 
@@ -154,8 +182,34 @@ class _Cursor:
             )
         return self.take(length, what)
 
+    def strings(self, count: int, what: str) -> Iterator[bytes]:
+        """So many strings, quickly: a vocabulary has a quarter of a million."""
+        length_of = struct.Struct("<Q").unpack_from
+        while count:
+            at, window = self.position - self._window_start, self._window
+            end = len(window)
+            while count and 0 <= at <= end - 8:
+                (length,) = length_of(window, at)
+                if at + 8 + length > end:
+                    break
+                yield window[at + 8 : at + 8 + length]
+                at += 8 + length
+                count -= 1
+                self.position = self._window_start + at
+            if count:  # across the window's end, or too long
+                yield self.string_bytes(what)
+                count -= 1
+
     def string(self, what: str) -> str:
+        """A string that is kept."""
         raw = self.string_bytes(what)
+        self._kept += len(raw)
+        if self._kept > MAX_TEXT_BYTES:
+            raise self.bad("the texts are absurdly long", f"{MAX_TEXT_BYTES} bytes", "more")
+        return self.decoded(raw, what)
+
+    def decoded(self, raw: bytes, what: str) -> str:
+        """Text of bytes."""
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
@@ -167,9 +221,9 @@ class _Cursor:
         return values
 
     def value(self, kind: int, what: str) -> Any:
-        if kind == _STRING:
+        if kind == STRING:
             return self.string(what)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array(what)
         if kind not in _NUMBERS:
             raise self.bad(f"{what} has an unknown type", "a value type from 0 to 12", kind)
@@ -177,35 +231,35 @@ class _Cursor:
 
     def array(self, what: str) -> Any:
         kind, count = self.u32(what), self.u64(what)
-        if kind != _STRING and kind not in _NUMBERS:
+        if kind != STRING and kind not in _NUMBERS:
             raise self.bad(
                 f"{what} is an array of an unknown type", "numbers, bools or strings", kind
             )
-        smallest = 8 if kind == _STRING else np.dtype(_NUMBERS[kind]).itemsize
+        smallest = 8 if kind == STRING else np.dtype(_NUMBERS[kind]).itemsize
         if count > self.left // smallest:
             raise self.bad(
                 f"the item count of {what} is absurd", f"at most {self.left // smallest}", count
             )
         begin = self.position
-        if kind != _STRING:
+        if kind != STRING:
             if count <= LAZY_ITEMS:
                 return self.numbers(kind, count, what)
             self.position += count * smallest
         elif count <= LAZY_ITEMS:
             return [self.string(what) for _ in range(count)]
         else:
-            for _ in range(count):
-                self.string_bytes(what)
-        return GgufArray(self.file, what, kind, count, begin)
+            for _ in self.strings(count, what):
+                pass
+        return GgufArray(self.file, self.faults, what, kind, count, begin)
 
 
-def read_header(file: WeightFile) -> GgufHeader:
+def read_header(file: Readable, faults: Faults) -> GgufHeader:
     """Parses and checks the header; offsets against the data are checked by the caller, who
     knows the size of each type.
 
-    Raises: CorruptCheckpoint, CheckpointError (a version this release does not read).
+    Raises: `faults.damaged`; `faults.unknown` (a version this release does not read).
     """
-    cursor = _Cursor(file)
+    cursor = _Cursor(file, faults)
     magic = cursor.take(4, "the magic") if file.size_bytes >= 4 else b""
     if magic != b"GGUF":
         raise cursor.bad("is not a GGUF file", "the four bytes 'GGUF'", magic)
@@ -214,7 +268,7 @@ def read_header(file: WeightFile) -> GgufHeader:
         big = version.to_bytes(4, "little") == version.to_bytes(4, "big")[::-1] and (
             int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
         )
-        raise CheckpointError(
+        raise faults.unknown(
             f"{file.path.name} is " + ("a big-endian GGUF" if big else f"GGUF version {version}"),
             where=str(file.path),
             expected="version 2 or 3, little-endian",
@@ -231,11 +285,16 @@ def read_header(file: WeightFile) -> GgufHeader:
                 f"the {what} is absurd", f"at most {min(limit, cursor.left // smallest)}", count
             )
     metadata: dict[str, Any] = {}
+    kinds: dict[str, int] = {}
     for _ in range(pair_count):
         key = cursor.string("a metadata key")
         if key in metadata:
             raise cursor.bad(f"metadata key {key!r} appears twice", "each key once", key)
-        metadata[key] = cursor.value(cursor.u32(f"the type of {key!r}"), f"metadata {key!r}")
+        kind = cursor.u32(f"the type of {key!r}")
+        if kind == ARRAY:
+            kind = -1 - cursor.peek_u32(f"the item type of {key!r}")
+        kinds[key] = kind
+        metadata[key] = cursor.value(ARRAY if kind < 0 else kind, f"metadata {key!r}")
     tensors = tuple(_tensor(cursor) for _ in range(tensor_count))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment % 8:
@@ -245,7 +304,7 @@ def read_header(file: WeightFile) -> GgufHeader:
             alignment,
         )
     data_start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(version, metadata, tensors, data_start, alignment)
+    return GgufHeader(version, metadata, kinds, tensors, data_start, alignment)
 
 
 def _tensor(cursor: _Cursor) -> GgufTensor:
@@ -257,13 +316,3 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
     ggml_type = cursor.u32(f"the type of {name!r}")
     offset = cursor.u64(f"the offset of {name!r}")
     return GgufTensor(name, tuple(reversed(shape)), ggml_type, offset)
-
-
-def open_header(path: Path) -> tuple[WeightFile, GgufHeader]:
-    """Opens `path` and reads its header; the file is closed again if that fails."""
-    file = WeightFile(path)
-    try:
-        return file, read_header(file)
-    except BaseException:
-        file.close()
-        raise
