@@ -28,6 +28,7 @@ from edge_mmllm.errors import CorruptBundle, SessionError, StateMismatch
 from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
 from edge_mmllm_runtime.adapters import Adapter, check
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.gguf_check import check_file
 from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
 from edge_mmllm_runtime.llama import Model, log
@@ -50,6 +51,9 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> GgufEngine:
     stage = bundle.spec.stages.get("decoder")
     if stage is None:
         raise CorruptBundle("the bundle has no decoder", expected="a stage `decoder`")
+    for file in bundle.manifest.files:  # their sizes are checked, not all their bytes
+        if file.path.endswith(".gguf"):
+            check_file(bundle.file(file.path), exact=True)
     path = bundle.file(stage.file)
     others = {n: s.file for n, s in bundle.spec.stages.items() if s.file != stage.file}
     return GgufEngine(
