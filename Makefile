@@ -14,8 +14,9 @@ test: .venv/dev
 
 # What compiles or weighs much: llama-cpp-python, torch, transformers, apache-tvm.
 test-full: .venv-full/installed .venv-tvm/installed
-	.venv-full/bin/python -m pytest -m full --ignore=tests/full/test_relax.py
-	.venv-tvm/bin/python -m pytest -m full tests/full/test_relax.py
+	.venv-full/bin/python -m pytest -m full --ignore=tests/full/test_relax.py \
+		--ignore-glob='*/tests/full/test_mlc_*.py'
+	.venv-tvm/bin/python -m pytest -m full tests/full/test_relax.py tests/full/test_mlc_*.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .
