@@ -280,7 +280,8 @@ def _pieces(t: GgufTensor, ours: Sequence[Weight], shape: tuple[int, ...]) -> It
         if t.order is not None:
             order = w.source.order
             order = t.order if order is None else order[t.order]
-            w = replace(w, source=replace(w.source, order=order))
+            shape_ = (len(t.order), *w.shape[1:])  # rows may be there several times
+            w = replace(w, shape=shape_, source=replace(w.source, order=order))
         if t.columns is not None:
             w = _selected(w, t.columns)
         yield Piece(w, done, width)

@@ -3,7 +3,8 @@
 llama.cpp owns the states. A snapshot takes them as one opaque run of bytes: 24 bytes of our own
 (which library wrote them, tokens, size; little-endian), then what
 `llama_state_seq_get_data` gives, which holds attention caches and recurrent states alike; then, of
-models whose pictures have places of their own, `Places.save`.
+models whose pictures have places of their own, `Places.save`; of an encoder-decoder the ids that
+the encoder has read, int32, and how many they are: what it made of them, llama.cpp does not give.
 
 The caches of attention are committed as soon as they are made, so they begin small and double
 when they are full, up to the session's context.
@@ -29,9 +30,10 @@ from edge_mmllm.spec import MEMORY, ModelSpec, StateSpec
 from edge_mmllm_runtime.adapters import Adapter, check
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.gguf_check import check_file
+from edge_mmllm_runtime.gguf_exact import GatedGelus
 from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
-from edge_mmllm_runtime.llama import Model, log
+from edge_mmllm_runtime.llama import Model, encode, log
 from edge_mmllm_runtime.prompted import Prompted, parts
 
 #: The state of every GGUF model, as the session sees it: uint8 `(bytes,)`.
@@ -122,7 +124,13 @@ class GgufEngine:
                     found=f"{found[0]} tokens, width {found[1]}",
                 )
             self._vocab, self._hidden = found
+            self._reads = bool(self._api.llama_model_has_encoder(self.model.pointer))
+            self._widest = BATCH
+            self._prompt: NDArray[np.int32] | None = None
+            self._gelus: GatedGelus | None = None
             self._exact = spec.details.get("gguf", {}).get("file_type") == "ALL_F32"
+            if self._exact and self._reads:
+                self._gelus = GatedGelus(self._api.ggml_backend_sched_eval_callback)
             self._cuts = not (self.model.recurrent or self.model.hybrid)
             self.capacity = None if self.model.recurrent else context
             self.accepts_embeddings = True
@@ -139,12 +147,15 @@ class GgufEngine:
         """Makes the context, with room for so many tokens where a state grows."""
         api = self._api
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = room, BATCH, BATCH, 1
+        params.n_ctx, params.n_seq_max = room, 1
+        params.n_batch = params.n_ubatch = self._widest
         params.n_threads = params.n_threads_batch = self.threads
         # With flash attention the logits of a token depend on the chunk that it came in.
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if self._exact:  # of a model in float32 the caches are too: what ONNX computes
             params.type_k = params.type_v = api.GGML_TYPE_F32
+        if self._gelus:
+            params.cb_eval = self._gelus.callback
         params.no_perf, params.offload_kqv, params.op_offload = True, False, False
         log.restart()
         context = api.llama_init_from_model(self.model.pointer, params)
@@ -262,10 +273,18 @@ class GgufEngine:
     def _run(self, position: int) -> None:
         """Decodes the batch; where that fails, drops what it left from `position` on."""
         status = self._decode(self._context, self._batch)
+        self._check_exact()
         if status == 0:
             return
         self._lost = not self._cut(position, position + 1)
         raise SessionError("llama.cpp failed to run the model", found=f"{status}: {log}")
+
+    def _check_exact(self) -> None:
+        """Raises: SessionError: what went wrong between two steps of the graph."""
+        if self._gelus and self._gelus.failure:
+            failure, self._gelus.failure = self._gelus.failure, None
+            self._lost = True
+            raise failure
 
     def _cut(self, position: int, end: int | None = None) -> bool:
         """Drops what stands from `position` on; False: nothing was done, it cannot be.
@@ -294,18 +313,33 @@ class GgufEngine:
     @property
     def memory_rows(self) -> int:
         """Bytes of the states, as `save` gives them: the size of the opaque state."""
+        if self._reads and self._prompt is None:
+            return 0
         own = _HEADER.size + int(self._api.llama_state_seq_get_size(self._context, 0))
-        return own + (TOKEN_BYTES * self._filled if self._standing else 0)
+        return own + len(self._beside())
 
     def clear(self) -> None:
         """See `Engine.clear`."""
+        self._forget()
+        self._prompt = None
+
+    def _forget(self) -> None:
+        """Drops all tokens; of an encoder-decoder not what the encoder has read."""
         self._api.llama_memory_clear(self._memory, True)
         self._lost, self._filled = False, 0
+
+    def _beside(self) -> NDArray[np.uint8]:
+        """What is saved behind llama.cpp's states."""
+        if self._standing:
+            return self._standing.save(self._filled)
+        if self._prompt is None:
+            return np.empty(0, np.uint8)
+        return np.append(self._prompt, len(self._prompt)).astype("<i4").view(np.uint8)
 
     def rewind(self, position: int, to: int) -> bool:
         """See `Engine.rewind`."""
         if to == 0 and not self._lost:
-            self.clear()
+            self._forget()
             return True
         if not self._cut(to):
             return False
@@ -323,7 +357,7 @@ class GgufEngine:
         if mark.states is not None:
             self._put(mark.states[STATE.name], mark.position)
         elif not mark.position:
-            self.clear()
+            self._forget()
         else:
             self._cut(mark.position)
             self._filled = mark.position
@@ -332,8 +366,10 @@ class GgufEngine:
         """See `Engine.save`."""
         size = self.memory_rows
         state = np.empty(size, np.uint8)
+        if not size:  # of an encoder-decoder that has read nothing
+            return {STATE.name: state}
         state[: _HEADER.size] = list(_HEADER.pack(self._writer, position, size - _HEADER.size))
-        own = self._standing.save(self._filled) if self._standing else np.empty(0, np.uint8)
+        own = self._beside()
         body = size - _HEADER.size - own.size
         state[size - own.size :] = own
         written = self._api.llama_state_seq_get_data(
@@ -347,6 +383,9 @@ class GgufEngine:
         """See `Engine.load`."""
         state = states.get(STATE.name)
         found = "no such state"
+        if state is not None and self._reads and not state.size and not position:
+            self.clear()
+            return
         if state is not None and state.dtype == np.uint8 and state.size >= _HEADER.size:
             writer, tokens, size = _HEADER.unpack(state[: _HEADER.size].tobytes())
             found = f"{tokens} tokens in {size} bytes"
@@ -368,9 +407,17 @@ class GgufEngine:
             self.clear()
             self._grow(position)
         self.clear()
+        body = np.ascontiguousarray(state[_HEADER.size :])
+        if self._reads:
+            self._lost = True
+            count = int(body[-4:].view("<i4")[0])
+            if not 0 < count <= (body.size - 4) // 4:
+                raise SessionError("the states lack what the encoder has read")
+            cut = body.size - 4 * (count + 1)
+            self._read(body[cut:-4].view("<i4"))
+            body = body[:cut]
         if position:
             self._lost = True
-            body = np.ascontiguousarray(state[_HEADER.size :])
             if self._standing:
                 if body.size < TOKEN_BYTES * position:
                     raise SessionError("the states lack the places of the tokens")
@@ -398,7 +445,24 @@ class GgufEngine:
         self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
     ) -> None:
         """See `Engine.remember`."""
-        raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+        if name != "encode_text" or not self._reads or append:
+            raise CorruptBundle(f"a GGUF bundle has no stage `{name}`", expected="decoder")
+        self._read(np.asarray(inputs["input_ids"], np.int32))
+
+    def _read(self, ids: NDArray[np.int32]) -> None:
+        """Has the encoder read a prompt; all of it is one batch. Raises: SessionError."""
+        self.clear()
+        if len(ids) > self._widest:
+            self._api.llama_free(self._context)
+            self._context, self._lost, self._widest = None, True, len(ids)
+            self._open(max(self._room, len(ids)))
+            self._lost = False
+        log.restart()
+        status = encode(self._api, self._context, ids)
+        self._check_exact()
+        if status:
+            raise SessionError("llama.cpp failed to read the prompt", found=f"{status}: {log}")
+        self._prompt = ids.astype(np.int32)
 
     def release(self, name: str) -> bool:
         """See `Engine.release`."""

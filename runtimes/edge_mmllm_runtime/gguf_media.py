@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,15 @@ from numpy.typing import NDArray
 from edge_mmllm.errors import CorruptBundle, SessionError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Float32
+from edge_mmllm_runtime.gguf_exact import (
+    EXACT,
+    GgufParams,
+    description,
+    ggml,
+    put,
+    set_tensor,
+    tensor_values,
+)
 from edge_mmllm_runtime.llama import Model, log
 
 Bytes = NDArray[np.uint8]
@@ -45,11 +54,9 @@ _IMAGE, _SOUND = 1, 2
 #: Types of tensors that are read here.
 _TYPES = {0: "<f4", 1: "<f2"}
 _GELUS = (b"GELU", b"GELU_QUICK")
-_SUMS = "sums over the pixels of a patch"
 _VIEWS = (b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT")
-#: How far rounded values may lie from exact ones, as a share of the largest: sums of products of
-#: float16 numbers, and the table's of activations.
-_NEAR_SUMS, _NEAR_TABLE = 1e-2, 3e-3
+#: How far sums of products of float16 numbers may lie from exact ones, as a share of the largest.
+_NEAR_SUMS = 1e-2
 
 
 class Projector:
@@ -220,32 +227,13 @@ class Projector:
                 set_tensor(tensor, np.roll(rows, 1, axis=0))
         elif step == b"MUL_MAT":
             if self._embedded:
-                self._put(tensor, self._embedded.pop(0), _SUMS)
+                put(tensor, self._embedded.pop(0), "sums over the pixels of a patch", _NEAR_SUMS)
         elif step == b"ADD":
             self._sum = tensor_values(tensor)
         elif self._done < len(self._activations):
             name, self._done = self._activations[self._done], self._done + 1
-            self._put(tensor, None if self._sum is None else _EXACT[name](self._sum), name)
+            put(tensor, None if self._sum is None else EXACT[name](self._sum), name)
         return True
-
-    def _put(self, tensor: int, exact: Float32 | None, name: str) -> None:
-        """Puts what is computed in float32 in the place of what is rounded.
-
-        Raises:
-            SessionError: that is not nearly the same.
-        """
-        found = tensor_values(tensor)
-        if exact is not None and exact.size == found.size:
-            share = _NEAR_SUMS if name == _SUMS else _NEAR_TABLE
-            near = share * max(1.0, float(np.abs(exact).max()))
-            if np.abs(exact.reshape(-1) - found).max() < near:
-                set_tensor(tensor, exact)
-                return
-        raise SessionError(
-            "mtmd computes something else than the bundle says",
-            expected=name,
-            found=description(tensor).decode(),
-        )
 
     def close(self) -> None:
         """Frees the memory. Closing twice is fine."""
@@ -267,39 +255,6 @@ def library() -> Any:
     return api
 
 
-@cache
-def _ggml() -> Any:
-    """The tensor library, with the functions used here declared."""
-    from llama_cpp._ggml import libggml
-
-    size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    declared: dict[str, tuple[list[Any], Any]] = {
-        "ggml_op_desc": ([pointer], ctypes.c_char_p),
-        "ggml_nbytes": ([pointer], size),
-        "ggml_backend_tensor_get": ([pointer, pointer, size, size], None),
-        "ggml_backend_tensor_set": ([pointer, pointer, size, size], None),
-        "gguf_init_from_file": ([ctypes.c_char_p, _GgufParams], pointer),
-        "gguf_find_tensor": ([pointer, ctypes.c_char_p], ctypes.c_int64),
-        "gguf_get_tensor_type": ([pointer, ctypes.c_int64], ctypes.c_int),
-        "gguf_get_tensor_size": ([pointer, ctypes.c_int64], size),
-        "gguf_get_tensor_offset": ([pointer, ctypes.c_int64], size),
-        "gguf_get_data_offset": ([pointer], size),
-        "gguf_free": ([pointer], None),
-        "gguf_find_key": ([pointer, ctypes.c_char_p], ctypes.c_int64),
-        "gguf_get_val_u32": ([pointer, ctypes.c_int64], ctypes.c_uint32),
-    }
-    for name, (arguments, result) in declared.items():
-        function = getattr(libggml, name)
-        function.argtypes, function.restype = arguments, result
-    return libggml
-
-
-class _GgufParams(ctypes.Structure):
-    """`struct gguf_init_params`."""
-
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
 def small_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Float32], int]:
     """Those of the named tensors that a file has in float32 or float16, flat; and the side of its
     patches, 0 where it does not say.
@@ -307,8 +262,8 @@ def small_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Float32],
     Raises:
         CorruptBundle: it is no GGUF file.
     """
-    api = _ggml()
-    file = api.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+    api = ggml()
+    file = api.gguf_init_from_file(os.fsencode(path), GgufParams(True, None))
     if not file:
         raise CorruptBundle("llama.cpp cannot read the encoder's file", where=str(path))
     out, patch = {}, 0
@@ -339,59 +294,11 @@ def patches_of(pixels: Float32, side: int) -> Float32:
     return np.ascontiguousarray(squares, np.float32).reshape(lines * columns, -1)
 
 
-def description(tensor: int) -> bytes:
-    return bytes(_ggml().ggml_op_desc(tensor))
-
-
-def tensor_values(tensor: int) -> Float32:
-    """A float32 tensor between two steps, flat."""
-    out = np.empty(_ggml().ggml_nbytes(tensor) // 4, np.float32)
-    _ggml().ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
-    return out
-
-
-def set_tensor(tensor: int, values: Float32) -> None:
-    """Puts other values in its place."""
-    given = np.ascontiguousarray(values, np.float32)
-    _ggml().ggml_backend_tensor_set(tensor, given.ctypes.data, 0, given.nbytes)
-
-
 def _activations(spec: ModelSpec) -> list[str]:
     """The GELUs of encoder and projector in their order; none where the manifest does not say."""
     found = spec.details.get("gguf", {}).get("activations", [])
     names = found if isinstance(found, list) else []
-    return [name for name in names if isinstance(name, str) and name in _EXACT]
-
-
-def _gelu(x: Float32) -> Float32:
-    """0.5 x (1 + erf(x / sqrt 2)). Source of erf: Abramowitz and Stegun 7.1.26, within 1.5e-7."""
-    z = np.abs(x) * np.float32(0.5**0.5)
-    t = 1 / (1 + np.float32(0.3275911) * z)
-    series = np.float32(1.061405429) * t - np.float32(1.453152027)
-    for term in (1.421413741, -0.284496736, 0.254829592):
-        series = series * t + np.float32(term)
-    erf = np.copysign(1 - series * t * np.exp(-z * z), x)
-    out: Float32 = np.float32(0.5) * x * (1 + erf)
-    return out
-
-
-def _gelu_tanh(x: Float32) -> Float32:
-    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
-    out: Float32 = np.float32(0.5) * x * (1 + np.tanh(inner))
-    return out
-
-
-def _quick_gelu(x: Float32) -> Float32:
-    with np.errstate(over="ignore"):  # of what is very negative: 0
-        out: Float32 = x / (1 + np.exp(np.float32(-1.702) * x))
-    return out
-
-
-_EXACT: dict[str, Callable[[Float32], Float32]] = {
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-}
+    return [name for name in names if isinstance(name, str) and name in EXACT]
 
 
 def _picture_settings(spec: ModelSpec) -> dict[str, Any] | None:

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_mmllm.errors import CorruptBundle, SessionClosed
 
 _ERROR, _CONTINUED = 3, 5
@@ -66,6 +69,19 @@ def library() -> Any:
     api.edge_mmllm_log = callback  # lives as long as the library
     api.llama_backend_init()
     return api
+
+
+def encode(api: Any, context: Any, ids: NDArray[np.int32]) -> int:
+    """Has the encoder of a model read ids; llama.cpp's status, 0 where it went well."""
+    batch = api.llama_batch_init(len(ids), 0, 1)
+    try:
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, 1
+        return int(api.llama_encode(context, batch))
+    finally:
+        api.llama_batch_free(batch)
 
 
 class Model:

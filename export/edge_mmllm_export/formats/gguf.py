@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UsageError
-from edge_mmllm.spec import StateSpec
+from edge_mmllm.spec import Stage, StateSpec
 from edge_mmllm_export import gguf, gguf_mixes, gguf_mmproj
 from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
@@ -89,6 +89,9 @@ class GgufArtefact:
             importance=self.importance, workers=job.workers, progress=progress,
         )  # fmt: skip
         said = {"architecture": self.file.map.architecture}
+        if getattr(job.model, "decoder_start_id", None) is not None:
+            reader = Stage(gguf.FILE, ("input_ids",), ())
+            return Written({"decoder": stage, "encode_text": reader}, said)
         if self.beside is None or not isinstance(job.model, Composite):
             return Written({"decoder": stage}, said)
         path = writer.path(gguf_mmproj.FILE)

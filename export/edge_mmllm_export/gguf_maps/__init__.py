@@ -22,6 +22,7 @@ GGUF_MAPS = {
     "mamba": "mamba:mamba",
     "falcon_mamba": "mamba:mamba",
     "mamba2": "mamba:mamba2",
+    "t5": "t5:t5",
     "rwkv6": "rwkv:rwkv6",
     "rwkv7": "rwkv:rwkv7",
 }

@@ -40,14 +40,16 @@ class RelativeBias:
     def by_distance(self) -> NDArray[np.float32]:
         """float32 `(heads, n)`: the bias of keys that lie `max_distance`, ..., 1, 0 tokens behind
         the query and, both ways, 1, 2, ... `max_distance` ahead; those further take the ends'."""
+        return np.ascontiguousarray(self.table.values[self.bucket_numbers()].T)
+
+    def bucket_numbers(self) -> NDArray[np.int64]:
+        """int64 `(n,)`: the table's row of each distance of `by_distance`."""
         buckets = self.table.shape[0]
         behind = np.arange(self.max_distance, -1, -1)
         if not self.both_ways:
-            index = self._bucket(behind, buckets)
-        else:
-            ahead = self._bucket(np.arange(1, self.max_distance + 1), buckets // 2)
-            index = np.concatenate([self._bucket(behind, buckets // 2), buckets // 2 + ahead])
-        return np.ascontiguousarray(self.table.values[index].T)
+            return self._bucket(behind, buckets)
+        ahead = self._bucket(np.arange(1, self.max_distance + 1), buckets // 2)
+        return np.concatenate([self._bucket(behind, buckets // 2), buckets // 2 + ahead])
 
     def _bucket(self, distance: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
         """Half of the buckets hold one distance each, the rest grow with the logarithm. In
