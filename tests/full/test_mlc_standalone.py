@@ -19,15 +19,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_mmllm import load
+from edge_mmllm.bundle import open_bundle
 from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.exporter import export
 from edge_mmllm_export.models import build
 from edge_mmllm_export.oracle import Oracle
+from edge_mmllm_export.planning import ExportOptions
+from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import bind
 
 pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
 from edge_mmllm_export.mlc_library import build_library  # noqa: E402
+from edge_mmllm_export.mlc_quant import quantize  # noqa: E402
 from edge_mmllm_export.mlc_targets import target_of  # noqa: E402
 from edge_mmllm_export.ops.relax_params import layouts_of  # noqa: E402
 from edge_mmllm_export.ops.tir.isa import Isa  # noqa: E402
@@ -38,7 +44,12 @@ from edge_mmllm_export.standalone import (  # noqa: E402
     Standalone,
     write_standalone,
 )
-from edge_mmllm_runtime.mlc_packing import Packing, pack_float  # noqa: E402
+from edge_mmllm_runtime.mlc_parameters import packed  # noqa: E402
+from edge_mmllm_runtime.mlc_weights import (  # noqa: E402
+    QUANTIZATIONS,
+    from_bfloat16,
+    to_bfloat16,
+)
 
 ROOT = Path(__file__).parents[2]
 TRAINED = {name: ROOT / "examples/models" / name for name in ("tiny-rwkv7", "tiny-mamba2")}
@@ -80,27 +91,32 @@ FOREIGN = (
 )
 
 
-def make(source: Path, folder: Path, target: str) -> Standalone:
-    """The float32 library of a checkpoint."""
+def make(source: Path, folder: Path, target: str, quant: str = "q0f32") -> Standalone:
+    """The library of a checkpoint."""
     checkpoint = open_checkpoint(source)
     model = build(checkpoint)
     sources = model.sources(checkpoint.layout)
     weights = bind(checkpoint, model.parameters(), sources, ignored=model.ignored())
-    chosen = target_of(target)
+    chosen, scheme = target_of(target), QUANTIZATIONS[quant]
+    layouts = layouts_of(weights, dict.fromkeys(weights, "q4" if scheme.bits else "f32"))
     isa = Isa.of(chosen.tvm())
-    layouts = layouts_of(weights, {})
     library = build_library(model, weights, layouts, isa, functions=("decode",))
 
-    def read(name: str) -> NDArray[np.generic]:
-        p, value = library.parameters[name], weights[name].rows()
-        if p.layout == "float32":
-            return value
-        return pack_float(Packing.of(p.layout, *p.size), value)
+    def stored(name: str) -> NDArray[np.generic]:
+        weight, _, part = name.rpartition(".")
+        if part not in ("q_weight", "q_scale"):
+            return weights[name].rows()
+        words, scales = quantize(weights[weight].rows(), scheme)
+        return words if part == "q_weight" else from_bfloat16(to_bfloat16(scales))
 
     grows = any(s.grows for s in model.states())
-    capacity = CAPACITY_TOKENS if grows else 0
     return write_standalone(
-        library.module, read, folder, chosen, name=model.name, capacity=capacity
+        library.module,
+        lambda name: packed(library.parameters[name].to_json(), stored),
+        folder,
+        chosen,
+        name=model.name,
+        capacity=CAPACITY_TOKENS if grows else 0,
     )
 
 
@@ -318,13 +334,95 @@ def test_only_the_interface_is_visible(case: Case) -> None:
     assert all(name.startswith("edge_model_") for name in names)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A bundle with its standalone library."""
+
+    name: str
+    quant: str
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "standalone" / "native"
+
+
+@pytest.fixture(scope="module", params=["tiny-rwkv7 f32", "tiny-rwkv7 int4", "tiny-mamba2 int4"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    name, quant = request.param.split()
+    root = tmp_path_factory.mktemp(name) / quant
+    plan = QuantPlan(name=quant)
+    options = ExportOptions(plan=plan, format="mlc", standalone=True, gate=False)
+    export(TRAINED[name], root, options)
+    return Exported(name, quant, root)
+
+
+def test_a_bundles_library_computes_what_its_session_computes(exported: Exported) -> None:
+    """The same kernels: bit for bit, where both read one token at a time."""
+    library = Library(exported.folder)
+    status, handle = library.open(exported.folder / WEIGHTS)
+    assert status == OK
+    ids, _ = goldens(exported.name)[0]
+    with load(exported.root) as session:
+        session.engine.clear()
+        tokens = list(ids)
+        for position in range(len(ids) + COUNT - 1):
+            expected = session.engine.step(tokens[position], position).reshape(-1)
+            assert np.array_equal(library.step(handle, tokens[position]), expected)
+            if position + 1 == len(tokens):
+                tokens.append(int(expected.argmax()))
+    library.c.edge_model_close(handle)
+    assert generated([compiled(exported.folder)], exported.folder, ids) == tokens[len(ids) :]
+
+
+def test_a_float_bundles_example_writes_what_its_session_writes(exported: Exported) -> None:
+    if exported.quant != "f32":
+        pytest.skip("8-bit activations: reading a prompt whole rounds otherwise than in steps")
+    program = compiled(exported.folder)
+    for ids, expected in goldens(exported.name):
+        with load(exported.root) as session:
+            tokens = list(session.generate_tokens(ids, COUNT, ignore_eos=True))
+        assert tokens == generated([program], exported.folder, ids) == expected
+
+
+def test_a_bundle_says_what_its_library_holds(exported: Exported) -> None:
+    bundle = open_bundle(exported.root, verify="hashes")
+    said = bundle.manifest.engine_format["standalone"]["native"]
+    assert said["folder"] == "standalone/native"
+    assert said["weight_bytes"] + 64 == (exported.folder / WEIGHTS).stat().st_size
+    assert said["library_bytes"] == (exported.folder / LIBRARY).stat().st_size
+    library = Library(exported.folder)
+    assert said["state_bytes"] == library.c.edge_model_state_size()
+
+
+@pytest.fixture(scope="module", params=[(n, q) for n in TRAINED for q in ("q0f32", "q4f32_1")])
+def native(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str, list[int]]:
+    """What this machine writes: model, quantization, 32 tokens after the first prompt."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    name, quant = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{quant}")
+    make(TRAINED[name], folder, "native", quant)
+    return name, quant, generated([compiled(folder)], folder, goldens(name)[0][0])
+
+
 @pytest.mark.parametrize("foreign", FOREIGN, ids=lambda f: f.target)
-@pytest.mark.parametrize("name", sorted(TRAINED))
-def test_other_cpus_write_the_same_tokens(name: str, foreign: Foreign, tmp_path: Path) -> None:
+def test_other_cpus_write_the_same_tokens(
+    native: tuple[str, str, list[int]], foreign: Foreign, tmp_path: Path
+) -> None:
+    """Quantized on armv7, whose float32 rounds otherwise (no fused sums): the first ones."""
+    name, quant, expected = native
     if foreign.missing:
         pytest.skip(foreign.missing)
-    make(TRAINED[name], tmp_path, foreign.target)
+    make(TRAINED[name], tmp_path, foreign.target, quant)
     program = compiled(tmp_path, foreign.gcc)
-    ids, expected = goldens(name)[0]
     emulated = [foreign.qemu, "-cpu", foreign.cpu, "-L", foreign.root, program]
-    assert generated(emulated, tmp_path, ids) == expected
+    found = generated(emulated, tmp_path, goldens(name)[0][0])
+    same = 8 if quant == "q4f32_1" and foreign.target == "armv7" else COUNT
+    assert found[:same] == expected[:same]
+    if quant == "q0f32":
+        assert found == goldens(name)[0][1]
