@@ -7,6 +7,7 @@ the cache folder, named by what made them, so that a second run starts at once.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def _random(name: str) -> Model:
 
 #: With the native kernels, and with onnxruntime's.
 OURS = ("ours native", "ours stock")
+#: A library compiled by TVM, run by an interpreter that has it.
+MLC = "ours mlc"
 #: genai twice: told to use the same threads, and as it comes.
 PEERS = (*OURS, "genai", "genai, default threads", "llama.cpp")
 MODELS = {
@@ -168,6 +171,11 @@ def step_bytes(engine: str, path: Path) -> int:
                 (tables if stem == "embed" else regions)[place["offset"]] = int(place["length"])
                 head = head or stem == "head"
         return sum((regions if head else regions | tables).values())
+    if engine == MLC:
+        shards = json.loads((path / "tensor-cache.json").read_text())["records"]
+        stored = {t["name"]: int(t["nbytes"]) for shard in shards for t in shard["records"]}
+        head = any(name.startswith("head.") for name in stored)
+        return sum(n for name, n in stored.items() if not (head and name.startswith("embed.")))
     if engine == "llama.cpp":
         from gguf import GGUFReader
 
@@ -195,6 +203,8 @@ def kernels_key() -> str | None:
 
 def interpreter(engine: str, python: Path) -> str:
     """The interpreter that has the engine."""
+    if engine == MLC:
+        return str(harness.TVM_PYTHON)
     return sys.executable if engine in OURS else str(python)
 
 

@@ -41,9 +41,10 @@ class Engine(Protocol):
 
 
 class Ours:
-    """edge-mmllm's session, as a user has it, with its `native` kernels or onnxruntime's."""
+    """edge-mmllm's session, as a user has it; an ONNX bundle's with its `native` kernels or
+    onnxruntime's."""
 
-    def __init__(self, path: str, threads: int, context: int, kernels: str) -> None:
+    def __init__(self, path: str, threads: int, context: int, kernels: str = "auto") -> None:
         import edge_mmllm
 
         self.kernels = kernels
@@ -128,6 +129,7 @@ class LlamaCpp:
 ENGINES: dict[str, Callable[[str, int, int], Engine]] = {
     "ours native": lambda path, threads, context: Ours(path, threads, context, "native"),
     "ours stock": lambda path, threads, context: Ours(path, threads, context, "stock"),
+    "ours mlc": Ours,
     "genai": Genai,
     "genai, default threads": lambda path, _, context: Genai(path, None, context),
     "llama.cpp": LlamaCpp,

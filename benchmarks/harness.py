@@ -30,6 +30,8 @@ RESULTS = HERE / "results"
 PUBLISHED = HERE / "RESULTS.md"
 #: The interpreter that has the peers (see the Makefile's `bench`).
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
+#: The interpreter that has TVM (see the Makefile's `test-full`).
+TVM_PYTHON = ROOT / ".venv-tvm/bin/python"
 #: Children import the working tree, whichever interpreter runs them.
 SOURCES = os.pathsep.join(str(p) for p in (ROOT, ROOT / "export", ROOT / "runtimes"))
 

@@ -17,6 +17,7 @@ import harness
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "speed.py": (),
     "recurrent.py": (),
+    "mlc.py": (),
     "export_cost.py": ("--large",),
     "blip2.py": (),
     "memory.py": (),
@@ -31,6 +32,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 QUICK: dict[str, tuple[str, ...]] = {
     "speed.py": ("--quick", "--wait", "5"),
     "recurrent.py": ("--quick", "--wait", "5"),
+    "mlc.py": ("--quick", "--wait", "5"),
     "export_cost.py": ("--rounds", "1", "--wait", "5"),
     "memory.py": ("--runs", "1"),
     "footprint.py": (),
