@@ -18,6 +18,8 @@ from edge_mmllm_export.checkpoints.base import TextAssets
 _SYSTEM, _USER, _ASSISTANT, _AGAIN = "@@system@@", "@@user@@", "@@assistant@@", "@@again@@"
 _MARKS = (_SYSTEM, _USER, _ASSISTANT, _AGAIN)
 _DIALOG = (("user", _USER), ("assistant", _ASSISTANT), ("user", _AGAIN))
+#: What is compared besides: one question, and a longer dialog.
+_OTHERS = (_DIALOG[:1], (*_DIALOG, ("assistant", "Yes."), ("user", "Why?")))
 
 Template = dict[str, Any]
 
@@ -121,7 +123,7 @@ def _derived(text: TextAssets, writer: Text) -> Template | None:
             answer=turn[len(begins) :] + "{assistant_message}",
             seps=seps,
         )
-        if prompt(found, _DIALOG) == expected:
+        if all(prompt(found, d) == written(*d) for d in (_DIALOG, *_OTHERS)):
             return found
     return None
 
