@@ -30,7 +30,7 @@ from edge_mmllm_export.ops.relax_build import (
     total,
     unrolled,
 )
-from edge_mmllm_export.ops.relax_math import exp, f32, tanh
+from edge_mmllm_export.ops.relax_math import exp, f32, let, tanh
 
 #: Scores that can never win: finite, so that no NaN comes of their difference.
 _NEVER = -1e30
@@ -234,105 +234,114 @@ def step(s: Shape) -> Any:
     return build("attention_step", body)
 
 
-#: Queries that are computed together: their sums stay in registers.
-_ROWS = 4
+#: Keys that are computed together, the lanes of the widest vectors; and queries, whose scores
+#: stay in registers.
+_KEYS, _ROWS = 16, 4
 
 
 @cache
 def chunk(s: Shape) -> Any:
-    """Attention of any number of tokens: see `Ops.attention`. As `step`, for 4 queries of a head
-    at a time; a run of 16 keys is turned on its side once, so that a score needs no sum over
-    lanes."""
+    """Attention of any number of tokens: see `Ops.attention`. As `step`, for some queries of a
+    head at a time. The keys are turned on their side first, 16 by 16, so that a score needs no sum
+    over lanes."""
 
     def body() -> None:
-        a, d, share = _arguments(s, one=False), s.head_dim, s.share
+        a, d, rows = _arguments(s, one=False), s.head_dim, _ROWS
         wide = lanes_of(d)
-        parts = d // wide
         _check(a)
         with parallel(a.seq) as t, serial(s.kv_heads) as h:
             _append(a, s, t, h)
-        blocks = (a.seq + _ROWS - 1) // _ROWS
+        # Room for all that the states may hold: what is never written takes no memory.
+        sides = T.alloc_buffer(((a.capacity // _KEYS + 1) * s.kv_heads * d * _KEYS,), "float32")
+        stop = let(a.position[0] + a.seq)
+        runs = let((stop + _KEYS - 1) // _KEYS)
+        with parallel(runs * s.kv_heads) as task:
+            first, h = task // s.kv_heads * _KEYS, task % s.kv_heads
+            with serial(d) as i, lanes(_KEYS) as v:
+                at = te.min(first + v, stop - 1)
+                put(sides, ((task * d + i) * _KEYS + v,), a.keys[0, h, at, i])
+        blocks = (a.seq + rows - 1) // rows
         # The last blocks see most keys: they come first, and heads vary fastest.
-        with parallel(blocks * s.kv_heads) as task:
-            h = task % s.kv_heads
-            block = blocks - 1 - task // s.kv_heads
-            keys = local(d * 16)
-            rows = _ROWS * share
+        with parallel(blocks * s.heads) as task:
+            head = task % s.heads
+            h, block = head // s.share, blocks - 1 - task // s.heads
             query, acc = local(rows * d), local(rows * d)
-            scores, largest, weight = local(rows * 16), local(rows), local(rows)
-            dot, peak, change = local(_ROWS * 16), local(16), local(1)
-            for r in range(_ROWS):
-                t = te.min(block * _ROWS + r, a.seq - 1)
-                for g in range(share):
-                    row = r * share + g
+            scores, largest, weight = local(rows * _KEYS), local(rows), local(rows)
+            peak, change = local(_KEYS), local(rows)
+            for r in range(rows):
+                t = te.min(block * rows + r, a.seq - 1)
 
-                    def store(i: Expr, x: Expr, row: int = row) -> None:
-                        put(query, (row * d + i,), x * f32(s.scale))
+                def store(i: Expr, x: Expr, r: int = r) -> None:
+                    put(query, (r * d + i,), x * f32(s.scale))
 
-                    _turned(a, a.q, t, (h * share + g) * d, d, store)
-                    with serial(parts) as j, lanes(wide) as v:
-                        put(acc, (row * d + j * wide + v,), f32(0))
-                    put(largest, (row,), f32(_NEVER))
-                    put(weight, (row,), f32(0))
-            own = a.position[0] + block * _ROWS
-            end = te.min(own + _ROWS, a.position[0] + a.seq)
+                _turned(a, a.q, t, head * d, d, store)
+                with serial(d // wide) as j, lanes(wide) as v:
+                    put(acc, (r * d + j * wide + v,), f32(0))
+                put(largest, (r,), f32(_NEVER))
+                put(weight, (r,), f32(0))
+            own = let(a.position[0] + block * rows)
+            end = te.min(own + rows, stop)
             start = 0 if s.window is None else te.max(own + 1 - s.window, tirx.const(0, "int64"))
-            with serial((end - start + 15) // 16) as run:
-                first = start + run * 16
-                with serial(16) as n, serial(parts) as j, lanes(wide) as v:
-                    at = te.min(first + n, end - 1)
-                    put(keys, ((j * wide + v) * 16 + n,), a.keys[0, h, at, j * wide + v])
-                with serial(share) as g:
-                    for r in range(_ROWS):
-                        with lanes(16) as v:
-                            put(dot, (r * 16 + v,), f32(0))
-                    with serial(d) as i:
-                        for r in range(_ROWS):
-                            with lanes(16) as v:
-                                x = query[(r * share + g) * d + i] * keys[i * 16 + v]
-                                add_to(dot, (r * 16 + v,), x)
-                    for r in range(_ROWS):
-                        row, at_row = r * share + g, own + r
+            start = let(start // _KEYS) if s.window is not None else 0
+            with serial((end + _KEYS - 1) // _KEYS - start) as run:
+                first = let((start + run) * _KEYS)
+                side = let(((start + run) * s.kv_heads + h) * d * _KEYS)
+                dot = local(rows * _KEYS)
+                for r in range(rows):
+                    with lanes(_KEYS) as v:
+                        put(dot, (r * _KEYS + v,), f32(0))
+                with serial(d) as i:
+                    for r in range(rows):
+                        with lanes(_KEYS) as v:
+                            x = query[r * d + i] * sides[side + i * _KEYS + v]
+                            add_to(dot, (r * _KEYS + v,), x)
+                for r in range(rows):
 
-                        def seen(v: Expr, at_row: Expr = at_row) -> Expr:
-                            inside = first + v <= at_row
-                            if s.window is None:
-                                return inside
-                            return tirx.all(inside, first + v > at_row - s.window)
+                    def seen(v: Expr, at_row: Expr = own + r) -> Expr:
+                        inside = first + v <= at_row
+                        if s.window is None:
+                            return inside
+                        return tirx.all(inside, first + v > at_row - s.window)
 
-                        with lanes(16) as v:
-                            behind = te.max(at_row - first - v, tirx.const(0, "int64"))
-                            x = _score(s, a, dot[r * 16 + v], h * share + g, behind)
-                            put(scores, (row * 16 + v,), tirx.Select(seen(v), x, f32(_NEVER)))
-                        with lanes(16) as v:
-                            put(peak, (v,), scores[row * 16 + v])
-                        for half in (8, 4, 2, 1):
-                            with lanes(half) as v:
-                                put(peak, (v,), te.max(peak[v], peak[v + half]))
-                        put(peak, (0,), te.max(peak[0], largest[row]))
-                        put(change, (0,), exp(largest[row] - peak[0]))
-                        put(largest, (row,), peak[0])
-                        with lanes(16) as v:
-                            x = exp(scores[row * 16 + v] - largest[row])
-                            put(scores, (row * 16 + v,), tirx.Select(seen(v), x, f32(0)))
-                        with lanes(16) as v:
-                            put(peak, (v,), scores[row * 16 + v])
-                        put(weight, (row,), weight[row] * change[0] + total(peak, 16))
-                        with serial(parts) as j, lanes(wide) as v:
-                            i = row * d + j * wide + v
-                            put(acc, (i,), acc[i] * change[0])
-                    with serial(te.min(tirx.const(16, "int64"), end - first)) as n:
-                        for r in range(_ROWS):
-                            with unrolled(parts) as j, lanes(wide) as v:
-                                row, i = r * share + g, j * wide + v
-                                value = a.values[0, h, first + n, i]
-                                add_to(acc, (row * d + i,), scores[row * 16 + n] * value)
-            for r in range(_ROWS):
-                t = block * _ROWS + r
-                loops = serial(share), serial(parts), lanes(wide)
-                with T.If(t < a.seq), T.Then(), loops[0] as g, loops[1] as j, loops[2] as v:
-                    i, row = j * wide + v, r * share + g
-                    value = acc[row * d + i] / weight[row]
-                    put(a.output, (t, (h * share + g) * d + i), value)
+                    with lanes(_KEYS) as v:
+                        behind = te.max(own + r - first - v, tirx.const(0, "int64"))
+                        x = _score(s, a, dot[r * _KEYS + v], head, behind)
+                        put(scores, (r * _KEYS + v,), tirx.Select(seen(v), x, f32(_NEVER)))
+                    with lanes(_KEYS) as v:
+                        put(peak, (v,), scores[r * _KEYS + v])
+                    for half in (8, 4, 2, 1):
+                        with lanes(half) as v:
+                            put(peak, (v,), te.max(peak[v], peak[v + half]))
+                    put(peak, (0,), te.max(peak[0], largest[r]))
+                    put(change, (r,), exp(largest[r] - peak[0]))
+                    put(largest, (r,), peak[0])
+                    with lanes(_KEYS) as v:
+                        x = exp(scores[r * _KEYS + v] - largest[r])
+                        # exp is clipped, so that what is never seen must be left out.
+                        put(scores, (r * _KEYS + v,), tirx.Select(seen(v), x, f32(0)))
+                    with lanes(_KEYS) as v:
+                        put(peak, (v,), scores[r * _KEYS + v])
+                    put(weight, (r,), weight[r] * change[r] + total(peak, _KEYS))
+                count = te.min(tirx.const(_KEYS, "int64"), end - first)
+                with serial(d // wide) as j:
+                    part = local(rows * wide)
+                    for r in range(rows):
+                        with lanes(wide) as v:
+                            i = r * d + j * wide + v
+                            put(part, (r * wide + v,), acc[i] * change[r])
+                    with serial(count) as n:
+                        for r in range(rows):
+                            with lanes(wide) as v:
+                                value = a.values[0, h, first + n, j * wide + v]
+                                add_to(part, (r * wide + v,), scores[r * _KEYS + n] * value)
+                    for r in range(rows):
+                        with lanes(wide) as v:
+                            put(acc, (r * d + j * wide + v,), part[r * wide + v])
+            for r in range(rows):
+                t = block * rows + r
+                loops = serial(d // wide), lanes(wide)
+                with T.If(t < a.seq), T.Then(), loops[0] as j, loops[1] as v:
+                    i = j * wide + v
+                    put(a.output, (t, head * d + i), acc[r * d + i] / weight[r])
 
     return build("attention", body)
