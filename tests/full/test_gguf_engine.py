@@ -102,7 +102,7 @@ def test_the_logits_of_a_bare_loop(session, files, request) -> None:
     model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
     params = api.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 1024, 512, 2, 2
-    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
     context = api.llama_init_from_model(model, params)
     expected = []
     for part in (prompt[:32], *([i] for i in prompt[32:])):
