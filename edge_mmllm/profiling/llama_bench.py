@@ -1,8 +1,7 @@
 """llama-bench's own JSON as records of ours, so that its figures stand in the same table.
 
-`llama-bench -o json` prints a list, `-o jsonl` a line for each test. Field names
-are those of its `test::get_fields`, written from knowledge of it: no file of a real run is among
-the tests. A test reads `n_prompt` tokens, or makes
+`llama-bench -o json` prints a list, `-o jsonl` a line for each test; files of real runs are in
+`tests/goldens/llama_bench`. A test reads `n_prompt` tokens, or makes
 `n_gen`, at a depth of `n_depth` tokens; `samples_ts` are tokens/s, `samples_ns` durations, one
 for each repetition. It measures no memory, no first token (reading a prompt and making a token
 are tests of their own) and no time between two tokens: these stay missing.
@@ -63,22 +62,33 @@ def from_llama_bench(document: Any) -> list[dict[str, Any]]:
 def _record(test: Mapping[str, Any], depth: int) -> dict[str, Any]:
     file = str(test.get("model_filename") or "?").replace("\\", "/")
     build = f"{test.get('build_number', '?')} ({test.get('build_commit', '?')})"
+    architecture, quantization = _model(str(test.get("model_type") or ""))
     return {
         "schema_version": 2,
         "tool": "llama-bench",
         "name": PurePath(file).name or "?",
         "status": "ok",
         "started_utc": test.get("test_time"),
-        "architecture": str(test.get("model_type") or "?"),
+        "architecture": architecture,
         "parameters": test.get("model_n_params"),
         "size_bytes": test.get("model_size"),
-        "quantization": str(test.get("model_type") or "?").rsplit(" ", 1)[-1],
+        "quantization": quantization,
         "engine": "llama.cpp",
         "engine_version": build,
         "threads": test.get("n_threads"),
         "depth": depth,
         "machine": {"cpu_model": test.get("cpu_info"), "system": None},
     }
+
+
+def _model(said: str) -> tuple[str, str]:
+    """Architecture and quantization of `llama ?B (guessed) all F32`, `qwen2 1B Q4_K - Medium` or
+    `llama 135M IQ2_XXS - 2.0625 bpw`: name, size, type."""
+    name, _, rest = said.partition(" ")
+    _, _, kind = rest.replace("(guessed) ", "").partition(" ")
+    for word in ("all ", "mostly "):
+        kind = kind.removeprefix(word)
+    return name or "?", kind.partition(" - ")[0].strip() or "?"
 
 
 def _numbers(values: Any) -> list[float]:

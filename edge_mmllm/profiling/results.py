@@ -145,6 +145,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         else:
             yield from _of_document(whole, path.name)
             return
+    theirs: list[Any] = []  # llama-bench writes a line for each half of a record
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -155,7 +156,12 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise UsageError(
                 "a line of the results is not JSON", where=source, found=str(error)[:200]
             ) from error
-        yield from _of_document(document, source)
+        if isinstance(document, dict) and is_llama_bench(document):
+            theirs.append(document)
+        else:
+            yield from _of_document(document, source)
+    if theirs:
+        yield from _of_document(theirs, path.name)
 
 
 def _parse(text: str) -> Any:

@@ -239,6 +239,39 @@ def test_llama_bench_stands_in_the_same_table(tmp_path: Path) -> None:
         read_results([path])
 
 
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "llama_bench"
+
+
+def test_what_llama_bench_really_prints(tmp_path: Path) -> None:
+    first, second = read_results([GOLDENS / "real.json"])
+    assert (first.name, first.test, second.test) == ("tiny-llama.gguf", "16+8", "32+?")
+    assert (first.record["architecture"], first.record["quantization"]) == ("llama", "F32")
+    assert first.values("prefill_tokens_per_s") == [95318.1, 111224, 112107]
+    assert first.number("decode_tokens_per_s") == 41220.5
+    assert second.number("decode_tokens_per_s") is None
+    assert (first.record["size_bytes"], first.record["parameters"]) == (151168, 37792)
+    lines = read_results([GOLDENS / "real.jsonl"])
+    assert [(r.test, r.record["threads"]) for r in lines] == [("16+8", 1), ("16+8", 2)]
+    assert "tiny-llama.gguf" in report_html([GOLDENS / "real.json"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("llama ?B (guessed) all F32", ("llama", "F32")),
+        ("qwen2 1B Q4_K - Medium", ("qwen2", "Q4_K")),
+        ("llama 135M IQ2_XXS - 2.0625 bpw", ("llama", "IQ2_XXS")),
+        ("mamba 0.1B Q4_0", ("mamba", "Q4_0")),
+        ("", ("?", "?")),
+    ],
+)
+def test_model_types_of_llama_bench(said: str, expected: tuple[str, str]) -> None:
+    from edge_mmllm.profiling.llama_bench import from_llama_bench
+
+    (found,) = from_llama_bench([{**LLAMA, "model_type": said}])
+    assert (found["architecture"], found["quantization"]) == expected
+
+
 # -- reports --------------------------------------------------------------------------------
 
 
