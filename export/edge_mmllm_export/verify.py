@@ -74,9 +74,8 @@ THRESHOLDS = {
     "bf16": Thresholds(1e-3, 1e-2, 0.98, 5e-3, 1e-3),
     "int8": Thresholds(0.02, 0.15, 0.97, 0.03, 0.03),
     "int4": Thresholds(0.8, 4.0, 0.65, 0.6, 0.03),
-    # MLC's q3 gives 0.7 (tiny-rwkv7) to 1.4 nats (tiny-mamba2).
-    "int3": Thresholds(2.8, 10.0, 0.2, 1.3, 0.03),
-    "int3": Thresholds(1.5, 8.0, 0.4, 2.0, 0.03),
+    # MLC's q3 gives 0.7 (tiny-rwkv7) to 1.4 nats (tiny-mamba2), llama.cpp's Q3_K less.
+    "int3": Thresholds(2.8, 10.0, 0.2, 2.0, 0.03),
     "int2": Thresholds(4.0, 12.0, 0.2, 20.0, 0.05),
     "int1": Thresholds(8.0, 16.0, 0.0, 1000.0, 0.05),
 }
