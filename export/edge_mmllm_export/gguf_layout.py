@@ -40,7 +40,7 @@ from edge_mmllm_export.weights import Weight
 
 #: The least type of a tensor that is held to so much.
 _HELD: dict[str, GgufType] = {
-    "float32": "F32", "float16": "F16", "half": "F16", "byte": "Q8_0",
+    "float32": "F32", "float16": "F16", "byte": "Q8_0",
 }  # fmt: skip
 
 
@@ -237,8 +237,8 @@ def _stored(t: GgufTensor, weights: Mapping[str, Weight], wanted: Wanted) -> Sto
     pieces = tuple(_pieces(t, ours, shape))
     asked = [kind for kind in map(wanted.of, ours) if kind is not None]
     chosen = max(asked, key=lambda k: BITS[k], default=None)
-    if first.role in ("vector", "table") or len(shape) == 1 or t.hold == "half":
-        chosen = "F16" if t.hold == "half" else "F32"
+    if first.role in ("vector", "table") or len(shape) == 1:
+        chosen = "F32"
     elif t.hold != "none" and (chosen is None or BITS[chosen] < BITS[_HELD[t.hold]]):
         chosen = _HELD[t.hold]
     if chosen in PLAIN:

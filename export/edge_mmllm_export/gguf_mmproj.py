@@ -24,6 +24,8 @@ from edge_mmllm_export.models.vit import Block
 
 FILE = "mmproj.gguf"
 
+#: Rows of mtmd's spectrum, 30 seconds always.
+_POSITIONS = 1500
 #: Names within a layer, after `v.blk.N.` or `a.blk.N.`.
 _LAYER = {
     "norm_attn": "ln1",
@@ -193,6 +195,9 @@ def _qwen2_audio(path: Pathway, model: Composite) -> Found:
     """Whisper's encoder, pooled, and one linear layer: Qwen2-Audio."""
     c, projector = path.encoder.component.config, path.projector.component  # type: ignore[union-attr]
     block, scope = c.block, f"{path.name}.encoder."
+    if c.positions != _POSITIONS or block.activation != "gelu":
+        what = f"its encoder has {c.positions} rows of sound, {block.activation}"
+        refuse(what, model.name, f"{_POSITIONS}, gelu")
     metadata = _sizes("audio", block, c.layers) | {
         "projector_type": "qwen2a",
         "audio.projection_dim": projector.hidden_size,

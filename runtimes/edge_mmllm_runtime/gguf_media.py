@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from edge_mmllm.errors import CorruptBundle, SessionError
 from edge_mmllm.spec import ModelSpec
+from edge_mmllm_runtime import gguf_sound
 from edge_mmllm_runtime.engine import Float32
 from edge_mmllm_runtime.gguf_exact import (
     EXACT,
@@ -74,7 +75,9 @@ class Projector:
 
     def __init__(self, spec: ModelSpec, path: Path, model: Model, *, threads: int) -> None:
         self._spec, self._path, self._api = spec, path, library()
-        self._small, self._patch = small_tensors(path, (_CLASS, _NEWLINE, *_PATCHES))
+        self._small, self._patch = small_tensors(
+            path, (_CLASS, _NEWLINE, *_PATCHES, *gguf_sound.TENSORS)
+        )
         self._hidden = model.hidden_size
         self._mean, self._scale = _levels(spec)
         self._activations = _activations(spec)
@@ -82,6 +85,7 @@ class Projector:
         self._failure: Exception | None = None
         self._embedded: list[Float32] = []
         self._before = b""
+        self._sound: _Sound | None = None
         params = self._api.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup = False, False, False
         params.n_threads, params.flash_attn_type = threads, 0  # flash attention rounds to float16
@@ -102,12 +106,15 @@ class Projector:
 
         Args:
             inputs: `pixels` float32 `(3, height, width)`; with `grid` int64 `(3,)` of flattened
-                patches; or `samples`.
+                patches; or `mel` float32 `(mels, frames)` and `frames` int64 `(1,)`, how many of
+                them hold sound.
 
         Raises:
             SessionError: mtmd failed.
             CorruptBundle: pixels that are no picture in 8 bits.
         """
+        if "mel" in inputs:
+            return self._heard(inputs["mel"], int(inputs["frames"][0]))
         if "grid" in inputs:
             frames = self._unfolded(inputs["pixels"], inputs["grid"])
             return np.concatenate([self._rows(pair) for pair in frames])
@@ -150,29 +157,48 @@ class Projector:
         api, pictures = self._api, [self._level(pixels) for pixels in given]
         self._embedded = self._products(given)
         bitmaps = (ctypes.c_void_p * len(pictures))()
+        for i, picture in enumerate(pictures):
+            height, width = picture.shape[:2]
+            data = picture.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            bitmaps[i] = api.mtmd_bitmap_init(width, height, data)
+            api.mtmd_bitmap_set_mergeable(bitmaps[i], len(pictures) > 1)
+        return self._run(bitmaps, _IMAGE)
+
+    def _heard(self, mel: Float32, frames: int) -> Float32:
+        """What the stages make of a recording, of which `frames` hold sound."""
+        layout = self._spec.modalities["audio"].layout
+        valid = -(-frames // int(layout["stride"]))
+        self._sound = _Sound(gguf_sound.convolved(mel, self._small), mel.shape[1] // 2, valid)
+        silence = np.zeros(gguf_sound.SAMPLES, np.float32)
+        data = silence.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        bitmaps = (ctypes.c_void_p * 1)()
+        bitmaps[0] = self._api.mtmd_bitmap_init_from_audio(len(silence), data)
+        try:
+            return self._run(bitmaps, _SOUND)[: valid // int(layout["pooled"])].copy()
+        finally:
+            self._sound = None
+
+    def _run(self, bitmaps: Any, kind: int) -> Float32:
+        """Rows of what is in the bitmaps, which are freed."""
+        api = self._api
         chunks = api.mtmd_input_chunks_init()
         try:
-            for i, picture in enumerate(pictures):
-                height, width = picture.shape[:2]
-                data = picture.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-                bitmaps[i] = api.mtmd_bitmap_init(width, height, data)
-                api.mtmd_bitmap_set_mergeable(bitmaps[i], len(pictures) > 1)
-            marker = api.mtmd_default_marker() * len(pictures)
+            marker = api.mtmd_default_marker() * len(bitmaps)
             text = api.mtmd_input_text(marker, len(marker), False, True)
             log.restart()
             status = api.mtmd_tokenize(
-                self._context, chunks, ctypes.byref(text), bitmaps, len(pictures)
+                self._context, chunks, ctypes.byref(text), bitmaps, len(bitmaps)
             )
             if status:
-                raise SessionError("mtmd cannot take the picture", found=f"{status}: {log}")
+                raise SessionError("mtmd cannot take the item", found=f"{status}: {log}")
             # Models that cut pictures into tiles give the tile, and it again as the whole.
             kinds = [
                 (i, api.mtmd_input_chunk_get_type(api.mtmd_input_chunks_get(chunks, i)))
                 for i in range(api.mtmd_input_chunks_size(chunks))
             ]
-            last = max((i for i, kind in kinds if kind == _IMAGE), default=None)
+            last = max((i for i, found in kinds if found == kind), default=None)
             if last is None:
-                raise SessionError("mtmd made nothing of the picture", found=str(log))
+                raise SessionError("mtmd made nothing of the item", found=str(log))
             return self._encoded(api.mtmd_input_chunks_get(chunks, last))
         finally:
             api.mtmd_input_chunks_free(chunks)
@@ -212,6 +238,8 @@ class Projector:
     def _between(self, tensor: int, ask: bool) -> bool:
         """Between two steps of the graph. `ask`: whether the step's result is wanted."""
         step = description(tensor)
+        if self._sound is not None:
+            return self._sound.between(tensor, step, ask)
         own = self._small.get(_CLASS)
         if ask:
             before = self._before
@@ -240,6 +268,35 @@ class Projector:
         context, self._context = self._context, None
         if context:
             self._api.mtmd_free(context)
+
+
+class _Sound:
+    """One recording on its way through the graph.
+
+    Args:
+        convolved: what the second convolution gives, see `gguf_sound`.
+        positions, valid: rows, and how many of them hold sound.
+    """
+
+    def __init__(self, convolved: Float32, positions: int, valid: int) -> None:
+        self._convolved, self._positions, self._valid = convolved, positions, valid
+        self._before, self._products = b"", 0
+
+    def between(self, tensor: int, step: bytes, ask: bool) -> bool:
+        """See `Projector._between`."""
+        if ask:
+            before, self._before = self._before, self._before if step in _VIEWS else step
+            if step == b"MUL_MAT" and before == b"IM2COL":
+                self._products += 1
+                return self._products == 2
+            return step == b"SOFT_MAX" and self._valid < self._positions
+        if step == b"SOFT_MAX":
+            gguf_sound.look_away(tensor, self._positions, self._valid)
+        elif tensor_values(tensor).size == self._convolved.size:
+            set_tensor(tensor, self._convolved)
+        else:
+            raise SessionError("mtmd's convolutions of sound have another shape")
+        return True
 
 
 @cache

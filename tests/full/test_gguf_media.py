@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tests" / "export"))
 import family_files  # noqa: E402
 from family_files import FOLDER, golden  # noqa: E402
 from references import load  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import edge_mmllm  # noqa: E402
 from edge_mmllm.errors import CorruptBundle, SessionError  # noqa: E402
@@ -235,3 +236,47 @@ def test_the_same_answers_as_onnx(tmp_path):
             ]
     assert answers["gguf"] == answers["onnx"]
     assert len(set(answers["gguf"])) > 1
+
+
+def thirty_seconds(folder: Path) -> Path:
+    """The golden's Qwen2-Audio, for recordings as long as mtmd takes them."""
+    byte_level(FOLDER / "qwen2-audio", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["audio_config"]["max_source_positions"] = 1500
+    (folder / "config.json").write_text(json.dumps(config))
+    prepared = json.loads((folder / "preprocessor_config.json").read_text())
+    prepared |= {"chunk_length": 30, "n_samples": 480000, "nb_max_frames": 3000}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("embed_positions.weight"))
+    drawn = np.random.default_rng(0).normal(size=(1500, 32)) * tensors[name].astype("f4").std()
+    tensors[name] = drawn.astype(tensors[name].dtype)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_sounds_are_heard_as_onnx_hears_them(tmp_path):
+    """Rows behind the end of a recording are not; the convolutions are ours, over our features."""
+    source = thirty_seconds(tmp_path / "source")
+    rng, found = np.random.default_rng(1), {}
+    sounds = [(rng.normal(size=n).astype("f4") * 0.1, 16000) for n in (5000, 20000, 480000)]
+    for form in ("onnx", "gguf"):
+        options = ExportOptions(QuantPlan("f32"), format=form, gate=False)
+        exporter.export(source, tmp_path / form, options)
+        with edge_mmllm.load(tmp_path / form, threads=2) as session:
+            token = session.spec.modalities["audio"].token_id
+            rows, logits = [], []
+            for sound in sounds:
+                ids = np.array([1, 2, token, 3, 4])
+                prompt = session.encode(ids, {"audio": [sound]})
+                rows.append(prompt.spans[0].rows())
+                if len(prompt) < 100:
+                    session.reset()
+                    logits.append(session.prefill(prompt, logits="all"))
+            found[form] = rows, logits
+    for ours, theirs in zip(*(found[form][0] for form in ("gguf", "onnx")), strict=True):
+        print(ours.shape, np.abs(ours - theirs).max(), np.abs(theirs).max())
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    for ours, theirs in zip(*(found[form][1] for form in ("gguf", "onnx")), strict=True):
+        close(ours, theirs)

@@ -18,8 +18,7 @@ from edge_mmllm.errors import UnsupportedArchitecture
 
 #: The least a tensor may be stored in, whatever was asked: `float32` where llama.cpp computes with
 #: nothing else, `float16` for adapters, `byte` (8 bits) for what a recurrence is sensitive to.
-#: `half` is float16 and nothing else: llama.cpp's convolutions of sound.
-Hold = Literal["float32", "float16", "half", "byte", "none"]
+Hold = Literal["float32", "float16", "byte", "none"]
 Value = bool | int | float | str | list[int] | list[float]
 
 
