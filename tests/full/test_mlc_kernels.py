@@ -23,7 +23,7 @@ tvm = pytest.importorskip(
     "tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'"
 )
 
-from edge_mmllm_export.ops.tir import linear, vector  # noqa: E402
+from edge_mmllm_export.ops.tir import linear, scan, vector  # noqa: E402
 from edge_mmllm_export.ops.tir.isa import Isa, runs_here  # noqa: E402
 
 Float32 = NDArray[np.float32]
@@ -140,7 +140,7 @@ def test_products_are_numpys(target: Any, scheme: str, exact: bool, seq: int | N
     random = np.random.default_rng(11)
     isa = Isa.of(target)
     # Whole groups and blocks; several of a width that is neither; a short one.
-    for k, rows, tokens in ((64, (160,), 21), (90, (37, 150), 8)):
+    for k, rows, tokens in ((64, (160,), 21), (90, (37, 150), 3)):
         matrices = [matrix(random, scheme, n, k) for n in rows]
         bias = random.standard_normal(rows[0]).astype(np.float32)
         product = linear.Product(
@@ -235,3 +235,69 @@ def test_narrow_targets_without_their_machine() -> None:
             text = tvm.compile(tvm.IRModule({"main": kernel}), target=target)
             assert ("sdot" in text.mod.inspect_source("asm")) == (dot == "sdot" and not exact)
         assert replace(isa, threads=False) != isa
+
+
+# -- along the tokens ------------------------------------------------------------------------
+
+
+def in_place(
+    kernel: Any, target: Any, inputs: list[NDArray[Any]], state: Float32, shapes: list[Any]
+) -> tuple[list[Float32], Float32]:
+    """As `call`, for a kernel that writes a state; outputs and the state after."""
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    library = tvm.compile(module, target=target)
+    kept = tvm.runtime.tensor(state)
+    outputs = [tvm.runtime.tensor(np.full(shape, np.nan, np.float32)) for shape in shapes]
+    library["main"](*(tvm.runtime.tensor(a) for a in inputs), kept, *outputs)
+    return [y.numpy() for y in outputs], kept.numpy()
+
+
+def packed_table(values: Float32) -> NDArray[np.uint8]:
+    return pack_float(Packing("f32", *values.shape), values)
+
+
+@pytest.mark.parametrize(("d_inner", "d_state"), [(48, 16), (36, 5), (16, 20)])
+@pytest.mark.parametrize("seq", [1, None])
+def test_selective_scan(target: Any, d_inner: int, d_state: int, seq: int | None) -> None:
+    random = np.random.default_rng(4)
+    tokens = seq or 11
+    x = random.standard_normal((tokens, d_inner)).astype(np.float32)
+    # From hardly any decay to one that leaves nothing.
+    dt = np.exp(random.uniform(-6, 4, (tokens, d_inner))).astype(np.float32)
+    b, c = random.standard_normal((2, tokens, d_state)).astype(np.float32)
+    decay = -np.exp(random.standard_normal((d_inner, d_state))).astype(np.float32)
+    skip = random.standard_normal(d_inner).astype(np.float32)
+    state = random.standard_normal((1, d_state, d_inner)).astype(np.float32)
+    kernel = scan.selective_scan(d_inner, d_state, Isa.of(target), seq=seq)
+    inputs = [x, dt, b, c, packed_table(decay), skip]
+    (found,), kept = in_place(kernel, target, inputs, state, [x.shape])
+    s, expected = state[0].astype(np.float64), np.zeros(x.shape)
+    for t in range(tokens):
+        s = s * np.exp(dt[t].astype(np.float64) * decay.T) + b[t][:, None] * (dt[t] * x[t])
+        expected[t] = c[t] @ s + skip * x[t]
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(kept[0] - s).max() <= TOLERANCE * np.abs(s).max()
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "bias", "silu"), [(48, 4, True, True), (20, 2, False, False)]
+)
+@pytest.mark.parametrize("seq", [1, None])
+def test_causal_conv(
+    target: Any, channels: int, width: int, bias: bool, silu: bool, seq: int | None
+) -> None:
+    random = np.random.default_rng(6)
+    for tokens in (seq,) if seq else (1, 2, 9):  # fewer than the state holds, and more
+        x = random.standard_normal((tokens, channels)).astype(np.float32)
+        weight = random.standard_normal((channels, width)).astype(np.float32)
+        shift = random.standard_normal(channels).astype(np.float32)
+        state = random.standard_normal((1, width - 1, channels)).astype(np.float32)
+        kernel = scan.causal_conv(channels, width, Isa.of(target), seq=seq, bias=bias, silu=silu)
+        inputs = [x, packed_table(weight), *([shift] if bias else [])]
+        (found,), kept = in_place(kernel, target, inputs, state, [x.shape])
+        whole = np.concatenate([state[0], x]).astype(np.float64)
+        expected = sum(whole[i : i + tokens] * weight[:, i] for i in range(width))
+        expected = expected + (shift if bias else 0)
+        expected = expected / (1 + np.exp(-expected)) if silu else expected
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+        np.testing.assert_array_equal(kept[0], whole[tokens:].astype(np.float32))

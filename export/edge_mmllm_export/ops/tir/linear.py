@@ -173,15 +173,23 @@ def _over_chunks(p: Product, given: _Input, seq: Expr, matrices: Sequence[_Matri
             if not many:
                 _tile(p, m, given, c - first, 0, 1)
                 return
-            whole = T.floordiv(seq, p.isa.tile)
-            for start, count, rows in (
-                (0, whole, p.isa.tile),
-                (whole * p.isa.tile, seq - whole * p.isa.tile, 1),
-            ):
-                with T.serial(count) as tile, T.serial(chunk) as g:
+            tile = p.isa.tile
+
+            def rows_from(count: Expr, start: Callable[[Expr], Expr], rows: int) -> None:
+                with T.serial(count) as i, T.serial(chunk) as g:
                     group = (c - first) * chunk + g
                     with _when(group < m.packing.groups if m.packing.groups % chunk else None):
-                        _tile(p, m, given, group, start + tile * rows, rows)
+                        _tile(p, m, given, group, start(i), rows)
+
+            with T.If(seq >= tile):
+                with T.Then():  # the last tile may repeat rows of the one before
+                    rows_from(
+                        T.floordiv(seq + tile - 1, tile),
+                        lambda i: T.min(i * tile, seq - tile),
+                        tile,
+                    )
+                with T.Else():
+                    rows_from(seq, lambda i: i, 1)
 
         _choose(c, counts, one)
 
