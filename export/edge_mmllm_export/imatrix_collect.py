@@ -106,7 +106,7 @@ def collect(
     """
     found = gguf_map(model)
     names = {
-        part: t.name
+        t.name: part
         for t in found.tensors
         for part in t.parts[:1]  # parts that are stored as one tensor have one input
         if weights[part].role == "matrix"
@@ -115,8 +115,8 @@ def collect(
     size = min(CHUNK, found.context_length or CHUNK)
     pieces = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)] or [ids]
     pieces = pieces[: calibration.chunks]
-    sums = {part: np.zeros(weights[part].shape[-1], np.float64) for part in names}
-    counts = dict.fromkeys(names, 0)
+    sums = {part: np.zeros(weights[part].shape[-1], np.float64) for part in names.values()}
+    counts = dict.fromkeys(sums, 0)
 
     oracle = Oracle(model, weights, ops=partial(CollectingOps, sums, counts))
     nothing = np.empty(0, np.int64)
@@ -128,7 +128,7 @@ def collect(
         progress(done, len(pieces))
     entries = {
         name: Entry(sums[part].astype(np.float32)[None], np.array([counts[part]], np.float32))
-        for part, name in names.items()
+        for name, part in names.items()
     }
     return Imatrix(entries, len(pieces), size, (Path(calibration.text).name,))
 
@@ -142,7 +142,7 @@ def _ids(text: TextAssets, calibration: Calibration) -> NDArray[np.int64]:
         )  # fmt: skip
     wanted = CHUNK * calibration.chunks
     try:
-        with Path(calibration.text).open(encoding="utf-8") as file:
+        with Path(calibration.text).open(encoding="utf-8", newline="") as file:
             content = file.read(_CHARACTERS * wanted)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
