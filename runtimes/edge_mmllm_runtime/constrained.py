@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ Kind = Literal["json_schema", "grammar", "regex", "choices"]
 #: How JSON is written, unless the schema's own `x-guidance` says otherwise: as `json.dumps` does.
 #: Free white space is left out, since a small model may write it without an end.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+#: An escape of GBNF: llguidance's way from GBNF to Lark does not know characters by number.
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 #: Longest grammar or schema as text; what llguidance makes of it has limits of its own.
 MAX_SOURCE_BYTES = 1 << 20
@@ -251,6 +255,8 @@ def _compiled(constraint: Constraint, tokenizer: Any) -> Any:
         elif constraint.kind == "choices":
             # Each text as a string of Lark, in which JSON's escapes mean what they mean here.
             grammar = grammar_from("choice", json.loads(constraint.source))
+        elif constraint.kind == "grammar":
+            grammar = grammar_from("grammar", _ESCAPE.sub(_as_itself, constraint.source))
         else:
             grammar = grammar_from(constraint.kind, constraint.source)
         wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
@@ -264,6 +270,17 @@ def _compiled(constraint: Constraint, tokenizer: Any) -> Any:
     if matcher.is_error():
         raise UsageError(f"the {what} cannot be used", found=_words(matcher))
     return matcher
+
+
+def _as_itself(escape: re.Match[str]) -> str:
+    """A character that was written by its number, where it means nothing to a grammar."""
+    code = escape[1] or escape[2] or escape[3]
+    if code is None or (number := int(code, 16)) > 0x10FFFF:
+        return escape[0]
+    character = chr(number)
+    if character.isprintable() and character not in '"\\[]^-/':
+        return character
+    return f"\\x{number:02x}" if number < 0x80 else escape[0]
 
 
 def _words(matcher: Any) -> str:

@@ -100,6 +100,29 @@ def test_choices_and_grammars(session) -> None:
     assert session.finish_reason == ("eos" if session.spec.text.eos_ids else "grammar")
 
 
+def test_characters_by_number_in_gbnf(session) -> None:
+    grammar = r'root ::= "\u0041\x42\\u0043" "\"" [\u0061-\x62] "\x0a" "\u00e9"' + "\n"
+    text = said(session, grammar=grammar)
+    assert text in ('AB\\u0043"a\né', 'AB\\u0043"b\né')
+
+
+def test_what_is_forced_counts_for_the_repetition_penalty(session) -> None:
+    logits = session.prefill(list(b"hello<"))
+    first, second = sorted(b"xyzw", key=lambda i: -logits[i])[:2]
+    forced = f"{chr(first)}<"  # the likeliest has been said, by force
+    penalty = 1e6 if logits[first] > 0 else 1e-6
+    session.reset()
+    plain = said(session, regex=f"{forced}[{chr(first)}{chr(second)}]")
+    other = said(session, regex=f"{forced}[{chr(first)}{chr(second)}]", repetition_penalty=1e6)
+    assert penalty
+    logits = session.prefill(list(f"hello{forced}".encode()))
+    values = {c: float(logits[c]) for c in (first, second)}
+    expected = max(values, key=lambda c: values[c])
+    assert plain[-1] == chr(expected)
+    values[first] = values[first] / 1e6 if values[first] > 0 else values[first] * 1e6
+    assert other[-1] == chr(max(values, key=lambda c: values[c]))
+
+
 def test_an_end_only_where_the_grammar_may_end(tmp_path) -> None:
     with toys.recurrent(tmp_path, eos=tuple(range(128, 256))).session() as session:
         for seed in range(20):
