@@ -15,6 +15,7 @@ from edge_mmllm.errors import UsageError
 from edge_mmllm.modality import SLOTS, Component
 
 if TYPE_CHECKING:
+    from edge_mmllm.bundle.manifest import Manifest
     from edge_mmllm.inspection import BundleReport, StateReport
     from edge_mmllm.spec import ModelSpec, TextSpec
     from edge_mmllm_export.inspection import CheckpointReport, TensorRow  # noqa: TID251
@@ -151,6 +152,25 @@ def _show_checkpoint(report: CheckpointReport, tensors: tuple[TensorRow, ...] | 
     table(shown, f"checkpoint {report.name}")
 
 
+def _mlc_rows(manifest: Manifest) -> list[tuple[str, object]]:
+    """What an MLC bundle was compiled for, and whether mlc-llm itself can take it."""
+    if manifest.engine != "mlc":
+        return []
+    libraries = manifest.engine_format.get("libraries")
+    said = manifest.model.details.get("mlc")
+    told = said if isinstance(said, dict) else {}
+    remarks = told.get("remarks")
+    because = "; ".join(map(str, remarks)) if isinstance(remarks, list) else ""
+    stock = "yes" if told.get("stock") is True else "no"
+    return [
+        (
+            "libraries",
+            ", ".join(libraries) if isinstance(libraries, dict) and libraries else "none",
+        ),
+        ("mlc-llm can load it", f"{stock} ({because})" if because else stock),
+    ]
+
+
 def _show_bundle(report: BundleReport, tensors: tuple[TensorRow, ...] | None) -> None:
     _show_tensors(tensors)
     manifest = report.bundle.manifest
@@ -173,6 +193,7 @@ def _show_bundle(report: BundleReport, tensors: tuple[TensorRow, ...] | None) ->
         *_state_rows(report.state),
         _text_row(model.text),
         ("stages", ", ".join(model.stages)),
+        *_mlc_rows(manifest),
         ("files", f"{len(manifest.files)}, {size_text(report.bundle.size_bytes)}"),
         *gate_rows(manifest.gate.verdict, manifest.gate.figures),
         ("exported", f"{manifest.export.created_utc}, {manifest.export.command or 'from Python'}"),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_mmllm.bundle import open_bundle
+from edge_mmllm.bundle import Bundle, open_bundle
 from edge_mmllm.errors import CheckpointError, CorruptBundle
 from edge_mmllm.inspection import StateReport
 from edge_mmllm.modality import Component
@@ -194,15 +194,17 @@ def _groups(rows: tuple[TensorRow, ...]) -> tuple[Group, ...]:
 
 
 def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
-    """The stored tensors of a bundle's ONNX graphs, as packed: codes, scales, vectors; each under
-    the first stage that uses it.
+    """The stored tensors of a bundle's ONNX graphs, or of its MLC weight files, as packed: codes,
+    scales, vectors; each under the first stage that uses it.
 
     Raises:
-        BundleError: as `open_bundle`; CorruptBundle for a graph that cannot be parsed.
+        BundleError: as `open_bundle`; CorruptBundle for a graph or an index that cannot be parsed.
     """
+    bundle = open_bundle(path)
+    if bundle.manifest.engine == "mlc":
+        return _mlc_tensors(bundle)
     import onnx
 
-    bundle = open_bundle(path)
     rows: list[TensorRow] = []
     places = set[tuple[str, str]]()
     for name, stage in bundle.spec.stages.items():
@@ -225,3 +227,25 @@ def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
             size = int(outside["length"]) if "length" in outside else tensor.ByteSize()
             rows.append(TensorRow(tensor.name, tuple(tensor.dims), kind, size, name))
     return tuple(rows)
+
+
+def _mlc_tensors(bundle: Bundle) -> tuple[TensorRow, ...]:
+    """Raises: CorruptBundle."""
+    from edge_mmllm_runtime.mlc_weights import WeightFiles, read_views
+
+    uses: dict[str, list[str]] = {}
+    views = read_views(bundle.manifest.engine_format)
+    with WeightFiles(bundle.file, views=views) as files:
+        for name, view in sorted(views.items(), key=lambda item: item[1].start):
+            uses.setdefault(view.tensor, []).append(name)
+        return tuple(
+            TensorRow(
+                name=t.name,
+                shape=t.shape,
+                dtype="bfloat16" if t.encoded else t.dtype,
+                size_bytes=t.size_bytes,
+                role="decoder",
+                parameters=tuple(uses.get(t.name, [t.name])),
+            )
+            for t in files.tensors.values()
+        )

@@ -15,8 +15,8 @@ from edge_mmllm import errors
 from edge_mmllm._children import die_with_parent, python_command
 from edge_mmllm.errors import EdgeError, ExportError
 
-#: RSS of the child: the compiler, and what it keeps of a model of some hundred layers.
-CHILD_RAM_BYTES = 900 << 20
+#: RSS of the child: the compiler, and what it keeps of a model (SmolLM2: 278 MiB in all).
+CHILD_RAM_BYTES = 400 << 20
 #: Exit status of a child that says on stdout what is wrong.
 _REFUSED = 4
 
