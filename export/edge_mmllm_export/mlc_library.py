@@ -159,7 +159,8 @@ def _function(
         )
         with builder.dataflow():
             x = inputs["inputs_embeds"] if embeds else model.embed(op, weights, inputs["input_ids"])
-            result = builder.emit_output(x if name == "embed" else model.decode(op, weights, x))
+            y = x if name == "embed" else model.decode(op, weights, x)
+            result = builder.emit_output(op.finished(y))
         wanted = [variable for _, variable in op.parameters.values()]
         builder.emit_func_output(result, params=[*given, *wanted])
     library.parameters |= {p.name: p for p, _ in op.parameters.values()}

@@ -172,14 +172,44 @@ def test_rounding_activations_costs_what_8_bits_cost() -> None:
     assert (np.abs(rounded(x, 32) @ w.T - x @ w.T) <= bound).all()
 
 
-@pytest.mark.parametrize("scheme", ["q4f16_1", "q4f32_1", "q3f16_1", "q0f16", "q0f32"])
-def test_rows_of_a_packed_matrix(target: Any, scheme: str) -> None:
-    packing, data, exact = matrix(np.random.default_rng(5), scheme, 37, 50)
-    index = np.array([0, 36, 5, 37, -1, 2**40])
-    kernel = linear.rows_kernel(packing, Isa.of(target))
-    (found,) = call(kernel, target, [index, data], [(6, 50)])
-    assert np.isnan(found[3:]).all()
-    np.testing.assert_array_equal(found[:3], exact[index[:3]])
+def test_an_activation_joins_the_product_that_it_follows() -> None:
+    """One of three products is read with its activation, one without, one both ways."""
+    from tvm import relax, tirx
+
+    from edge_mmllm_export.ops.relax_linear import emitted
+    from edge_mmllm_export.ops.relax_linear import linear as deferred
+
+    random = np.random.default_rng(8)
+    matrices = [matrix(random, "q0f32", n, 24) for n in (16, 20, 8)]
+    packings = [p for p, _, _ in matrices]
+    target = tvm.target.Target({"kind": "llvm"})
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((tirx.Var("seq", "int64"), 24), "float32"))
+    w = [
+        relax.Var(f"w{i}", relax.TensorType((p.size_bytes,), "uint8"))
+        for i, p in enumerate(packings)
+    ]
+    with builder.function("main", [x, *w]):
+        with builder.dataflow():
+            a, b, c = deferred(builder, x, w, packings, Isa.of(target))
+            active = a.activated("silu"), c.activated("tanh")
+            assert None not in active
+            assert a.activated("silu") is None
+            values = [emitted(v) for v in (active[0], b, c, active[1])]
+            assert c.activated("relu") is None  # too late
+            result = builder.emit_output(relax.Tuple(values))
+        builder.emit_func_output(result)
+    module = builder.finalize()
+    machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
+    given = random.standard_normal((5, 24)).astype(np.float32)
+    found = machine["main"](*map(tvm.runtime.tensor, (given, *(d for _, d, _ in matrices))))
+    first, second, third = (given @ w.T for _, _, w in matrices)
+    for y, expected in zip(
+        found, (first / (1 + np.exp(-first)), second, third, np.tanh(third)), strict=True
+    ):
+        np.testing.assert_allclose(y.numpy(), expected, rtol=1e-4, atol=1e-5)
+    # Three at once, and the one that is read both ways once more.
+    assert sum(isinstance(f, tirx.PrimFunc) for f in module.functions.values()) == 2
 
 
 # -- functions -------------------------------------------------------------------------------

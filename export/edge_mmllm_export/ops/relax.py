@@ -8,6 +8,7 @@ not onnx.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,12 +92,17 @@ class RelaxOps(MissingOps[Value]):
         seq = x.ty.shape[0]
         return not isinstance(seq, relax.Var) and getattr(seq, "value", None) == 1
 
+    def finished(self, x: Value) -> Value:
+        """The variable of an op's result: what a function may give back."""
+        return relax_linear.emitted(x)
+
     def _length(self, x: Value) -> int | None:
         """1 where that is the number of rows at compile time."""
         return 1 if self._one(x) else None
 
     def _call(self, kernel: Any, name: str, inputs: list[Value], types: list[Any]) -> list[Value]:
         """Call a kernel that gives new values."""
+        inputs = [relax_linear.emitted(i) for i in inputs]
         call = self._emit(relax.call_tir(self._builder.add_func(kernel, name), inputs, types))
         if len(types) == 1:
             return [call]
@@ -115,6 +121,7 @@ class RelaxOps(MissingOps[Value]):
         outputs: int = 1,
     ) -> list[Value]:
         """Call a kernel that writes states in place and gives new values `(seq, width)`."""
+        inputs = [relax_linear.emitted(i) for i in inputs]
         buffers = [self._states[s.name] for s in states]
         first = len(inputs)
         call = relax.op.call_tir_inplace(
@@ -166,7 +173,7 @@ class RelaxOps(MissingOps[Value]):
     ) -> tuple[Value, ...]:
         return relax_linear.linear(
             self._builder,
-            x,
+            relax_linear.emitted(x),
             [self._of(weight) for weight in w],
             [self._packing(weight) for weight in w],
             self._isa,
@@ -240,6 +247,8 @@ class RelaxOps(MissingOps[Value]):
         return tuple(self._call(relax_rows.split(sizes, one=self._one(x)), "split", [x], types))
 
     def activation(self, x: Value, kind: Activation) -> Value:
+        if isinstance(x, relax_linear.Deferred) and (y := x.activated(kind)) is not None:
+            return y
         return self._pointwise(kind, [x], lambda v: relax_math.activation(v, kind))[0]
 
     def glu(self, gate: Value, up: Value, kind: Activation) -> Value:
@@ -310,6 +319,12 @@ class RelaxOps(MissingOps[Value]):
         return self._in_place(kernel, "causal_conv", inputs, [state], channels)[0]
 
     def time_step(self, dt: Value, bias: Weight | None, limit: tuple[float, float]) -> Value:
+        plain = bias is None and limit[0] <= 0 and math.isinf(limit[1])
+        if plain and isinstance(dt, relax_linear.Deferred):
+            y = dt.activated("softplus")
+            if y is not None:
+                return y
+
         def step(x: Any, *more: Any) -> Any:
             return relax_math.clamp(relax_math.softplus(x + more[0] if more else x), limit)
 

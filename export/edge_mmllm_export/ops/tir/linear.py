@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -22,7 +23,7 @@ from edge_mmllm_export.ops.tir.isa import Expr, Isa, block_sum
 from edge_mmllm_runtime.mlc_packing import ROWS, Packing
 
 #: Packed bytes below which another thread costs more than it does.
-_PARALLEL_BYTES = 48 << 10
+_PARALLEL_BYTES = 160 << 10
 #: Groups of rows that a thread takes at a time where there are many tokens: they stay in its
 #: cache while all tiles of x pass.
 _CHUNK = 8
@@ -70,6 +71,7 @@ class _Input:
     sums: Expr = None
 
 
+@cache
 def kernel(product: Product) -> Any:
     """The PrimFunc: x `(seq, K)`, each matrix uint8 `(bytes,)`, each bias `(N,)` there is, then
     each result `(seq, N)`."""
@@ -369,40 +371,3 @@ def _floats(isa: Isa, stored: Expr, kind: str) -> Expr:
     size = T.reinterpret(floats, T.shift_left(bits & c(0x7FFF), c(13))) * vector.splat(2.0**112, n)
     sign = T.shift_left(bits & c(0x8000), c(16))
     return T.reinterpret(floats, T.reinterpret(words, size) | sign)
-
-
-def rows_kernel(packing: Packing, isa: Isa, seq: int | None = None) -> Any:
-    """Rows of a packed matrix as float32: index int64 `(seq,)`, matrix uint8 `(bytes,)` -> `(seq,
-    K)`. An index outside gives NaN, and reads nothing."""
-    p = packing
-    with IRBuilder() as builder, T.prim_func(is_private=True):
-        T.func_attr({"tirx.noalias": True})
-        count: Expr = Var("seq", "int64") if seq is None else seq
-        index = T.arg("index", T.buffer((count,), "int64"))
-        data = T.arg("w", T.buffer((p.size_bytes,), "uint8"))
-        out = T.arg("y", T.buffer((count, p.columns), "float32"))
-        with T.serial(count) as t:
-            inside = (index[t] >= 0) & (index[t] < p.rows)
-            row = T.bind(T.if_then_else(inside, index[t], T.int64(0)))
-            wild = T.bind(T.if_then_else(inside, T.float32(0), T.float32("nan")))
-            with T.serial(p.columns) as k:
-                value = _element(p, replace(isa, lanes=1), data, row, k)
-                T.buffer_store(out, value + wild, [t, k])
-    return builder.get()
-
-
-def _element(p: Packing, one: Isa, data: Expr, row: Expr, k: Expr) -> Expr:
-    """One weight, wherever it lies."""
-    group, lane = T.floordiv(row, ROWS), T.floormod(row, ROWS)
-    if p.kind != "q4":
-        size = 2 if p.kind == "f16" else 4
-        at = ((group * p.columns + k) * ROWS + lane) * size
-        return _floats(one, vector.load(data, at, n=size), p.kind)
-    block, size = T.floordiv(k, p.block), p.scale_bytes // ROWS
-    base = (group * p.blocks + block) * p.block_bytes
-    scale = _floats(one, vector.load(data, base + lane * size, n=size), p.scale)
-    within = k - block * p.block
-    at = base + p.scale_bytes + (T.floordiv(within, 8) * ROWS + lane) * 4 + T.floormod(within, 4)
-    high = T.floormod(T.floordiv(within, 4), 2)
-    code = T.shift_right(T.cast(data[at], "int32"), T.cast(high * 4, "int32")) & T.int32(15)
-    return (T.cast(code, "float32") - T.float32(p.zero)) * scale

@@ -7,6 +7,7 @@ packed as `f32` (`edge_mmllm_runtime.mlc_packing`): 16 channels side by side.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -36,6 +37,7 @@ def packed_vector(data: Expr, packing: Packing, row: Expr, k: Expr, n: int) -> E
     return T.reinterpret(vector.kind("float32", n), stored)
 
 
+@cache
 def selective_scan(d_inner: int, d_state: int, isa: Isa, *, seq: int | None) -> Any:
     """The recurrence of `Ops.selective_scan`.
 
@@ -113,6 +115,7 @@ def _scan_many(
         vector.store(output, vector.load(total, 0, n=n), t, at, n=n)
 
 
+@cache
 def causal_conv(
     channels: int, width: int, isa: Isa, *, seq: int | None, bias: bool, silu: bool
 ) -> Any:
