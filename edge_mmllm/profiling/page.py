@@ -22,12 +22,16 @@ from edge_mmllm.profiling.view import (
     grouped,
     label,
     names,
+    noisy,
     pareto,
     phases,
     quality,
+    with_media,
 )
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+#: Less than this is rounding of float32, which no chart needs to tell apart.
+_NO_LOSS = 1e-6
 _LIGHT = ["2f6db5", "c2491d", "23805a", "8250b8", "8f6a00", "0b7f92", "b03a6f", "5b6670"]
 _DARK = ["7fb3ee", "f2925c", "6fcf9b", "c3a0ea", "e0b84a", "5fcfe0", "ee8fb8", "aab4be"]
 
@@ -65,7 +69,8 @@ font-size:.85rem}.legend svg{display:inline-block;width:24px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;width:100%}
 caption{text-align:left;padding:.4rem .7rem;color:var(--soft)}
 th,td{padding:.35rem .7rem;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
-tbody th{text-align:left;font-weight:600}thead th{border-top:0}td.words{text-align:left;
+tbody th,thead th:first-child{text-align:left}tbody th{font-weight:600;position:sticky;left:0;
+background:var(--bg)}thead th{border-top:0}td.words{text-align:left;
 white-space:normal;min-width:14rem}
 details{margin-top:.6rem;font-size:.9rem}summary{cursor:pointer}
 pre{background:var(--card);padding:.8rem;white-space:pre-wrap;border-radius:.5rem}
@@ -102,14 +107,16 @@ def page(title: str, results: Sequence[Result], extra: Sequence[str] = ()) -> st
         f"<title>{text(title)}</title><style>{_STYLE}</style></head><body>",
         f"<main><h1>{text(title)}</h1>",
         f"<p class='soft'>{len(results)} results of {len(known)} bundles. Medians over the "
-        "repetitions; each row of the table names the line of the file that it stands in.</p>",
+        "repetitions; each row of the table names the line of the file that it stands in."
+        f"{_shown_test(shown)}</p>",
         _warning(results),
         f"<div class='charts'>{''.join(figures)}</div>",
+        _gates(results),
+        _devices(results),
         "<h2>All figures</h2>",
         _figures(results),
-        _gates(results),
+        _noise(results),
         _operators(shown),
-        _devices(results),
         *extra,
         "</main></body></html>",
     ]
@@ -145,14 +152,31 @@ def _figure(title: str, about: str, svg: str, *, after: str = "") -> str:
 
 
 def _warning(results: Sequence[Result]) -> str:
-    noisy = sum(bool(r.rows("noise")) for r in results)
+    flagged = sum(bool(r.rows("noise")) for r in results)
     failed = sum(r.failed for r in results)
     told = []
-    if noisy:
-        told.append(f"{noisy} of {len(results)} runs were noisy: see the column noise")
+    if flagged:
+        told.append(f"{flagged} of {len(results)} runs were noisy: see below why")
     if failed:
         told.append(f"{failed} failed")
     return f"<p><strong>{text('; '.join(told))}.</strong></p>" if told else ""
+
+
+def _shown_test(shown: Sequence[Result]) -> str:
+    """Which test the charts of one run show."""
+    tests = {r.test for r in shown}
+    if len(tests) != 1:
+        return ""
+    return f" Charts show the test {text(*tests)} (tokens read + made), unless they say another."
+
+
+def _noise(results: Sequence[Result]) -> str:
+    """Why runs were flagged: reasons are long, so they have a table of their own."""
+    rows = noisy(results)
+    if not rows:
+        return ""
+    told = table("Noisy runs", ("bundle", "test", "why", "line"), rows, words=(2,))
+    return f"<details><summary>Noisy runs ({len(rows)})</summary>{told}</details>"
 
 
 def _rate_bars(
@@ -286,7 +310,7 @@ def _against_context(results: Sequence[Result], colours: dict[str, int]) -> str:
     for r in results:
         tokens, rate = r.number("prompt_tokens"), r.number("decode_tokens_per_s")
         tokens = r.number("depth") if tokens is None else tokens
-        if not r.failed and tokens and rate:
+        if not r.failed and tokens and rate and not with_media(r):
             lines.setdefault((r.name, r.text("threads")), {})[tokens] = rate
     several = len({threads for _, threads in lines}) > 1
     series = [
@@ -306,15 +330,17 @@ def _against_context(results: Sequence[Result], colours: dict[str, int]) -> str:
 
 
 def _pareto(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    points, what = [], ""
+    points, losses, what = [], list[float](), ""
     models: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for r in shown:
         told, size = quality(r), r.number("size_bytes")
         if told is not None and size:
             what = told[0]
-            points.append(Point(r.name, size / 1e6, told[1], colours[r.name]))
+            drawn = max(told[1], _NO_LOSS)
+            points.append(Point(r.name, size / 1e6, drawn, colours[r.name]))
+            losses.append(told[1])
             model = (r.text("architecture"), r.text("parameters"))
-            models.setdefault(model, []).append((size / 1e6, told[1]))
+            models.setdefault(model, []).append((size / 1e6, drawn))
     if len(points) < 2:
         return ""
     fronts = [front for values in models.values() if len(front := pareto(values)) > 1]
@@ -322,7 +348,12 @@ def _pareto(shown: Sequence[Result], colours: dict[str, int]) -> str:
                          fronts)  # fmt: skip
     about = "what the quality gate lost against the model in float32; dashed: the Pareto front of "
     about += "the bundles of one model"
-    rows = [(p.label, charts.number(p.x), charts.number(p.y)) for p in points]
+    if min(losses) < _NO_LOSS:
+        about += f"; what is below {_NO_LOSS:g} is drawn there"
+    rows = [
+        (p.label, charts.number(p.x), charts.number(loss))
+        for p, loss in zip(points, losses, strict=True)
+    ]
     more = _details(table("Quality against size", ("bundle", "MB", what), rows))
     legend = charts.legend([(p.label, p.colour) for p in points])
     return _figure("Quality against size", about, svg, after=legend + more)

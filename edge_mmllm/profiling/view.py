@@ -10,6 +10,7 @@ from edge_mmllm.profiling.profiler import PHASES
 from edge_mmllm.profiling.results import Result, as_number
 
 NOT_MEASURED = "not measured"
+_MEDIA = ("image", "video", "audio")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def _energy(result: Result) -> str:
 def _noise(result: Result) -> str:
     if result.failed:
         return "failed: " + result.text("error", "what")
-    reasons = [str(reason)[:200] for reason in result.rows("noise")]
-    return "; ".join(reasons) if reasons else "quiet" if "noise" in result.record else "unknown"
+    if result.rows("noise"):
+        return "noisy"
+    return "quiet" if "noise" in result.record else "unknown"
 
 
 COLUMNS = (
@@ -81,9 +83,24 @@ SHORT = (
 )  # fmt: skip
 
 
+def noisy(results: Sequence[Result]) -> list[tuple[str, str, str, str]]:
+    """(bundle, test, reasons, line) of each run that was flagged."""
+    return [
+        (r.name, r.test, "; ".join(str(reason)[:200] for reason in r.rows("noise")), r.source)
+        for r in grouped(results)
+        if r.rows("noise")
+    ]
+
+
 def names(results: Sequence[Result]) -> list[str]:
-    """The bundles' names, each once, in order."""
-    return list(dict.fromkeys(r.name for r in results))
+    """The bundles' names, each once, in alphabetical order: they ran in any, and those of one
+    model begin alike."""
+    return sorted({r.name for r in results}, key=lambda name: (name.casefold(), name))
+
+
+def with_media(result: Result) -> bool:
+    """Whether a test has pictures or other items in its prompt."""
+    return any(part.partition(":")[0] in _MEDIA for part in result.test.split())
 
 
 def grouped(results: Sequence[Result]) -> list[Result]:
