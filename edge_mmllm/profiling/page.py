@@ -307,7 +307,7 @@ def _memory_over_time(shown: Sequence[Result], colours: dict[str, int]) -> str:
 
 def _against_context(results: Sequence[Result], colours: dict[str, int]) -> str:
     lines: dict[tuple[str, str], dict[float, float]] = {}
-    for r in results:
+    for r in grouped(results):
         tokens, rate = r.number("prompt_tokens"), r.number("decode_tokens_per_s")
         tokens = r.number("depth") if tokens is None else tokens
         if not r.failed and tokens and rate and not with_media(r):
@@ -363,7 +363,7 @@ def _throttling(results: Sequence[Result], colours: dict[str, int]) -> str:
     longest = {r.name: r for r in results if len(r.rows("sustained", "points")) > 1}  # the last
     series = [
         Line(r.name, _curve(r.rows("sustained", "points"), 1, 1), colours[r.name])
-        for r in longest.values()
+        for r in grouped(list(longest.values()))
     ]
     if not series:
         return ""

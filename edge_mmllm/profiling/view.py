@@ -197,7 +197,7 @@ def gates(results: Sequence[Result]) -> list[tuple[str, str, dict[str, str]]]:
         "top1_agreement": "top-1 agreement", "kl_mean": "mean KL divergence",
         "kl_p99": "99th percentile of KL", "perplexity_change": "change of perplexity",
     }  # fmt: skip
-    for result in {r.name: r for r in results if r.table("gate")}.values():
+    for result in {r.name: r for r in grouped(results) if r.table("gate")}.values():
         figures = result.table("gate", "figures")
         shown = {
             title: f"{value:+.2%}" if name == "perplexity_change" else f"{value:.4g}"
