@@ -90,6 +90,12 @@ def lora_option(command: Decorated) -> Decorated:
     return click.option("--lora", multiple=True, metavar="FILE[=SCALE]", help=text)(command)
 
 
+def mmproj_option(command: Decorated) -> Decorated:
+    """`--mmproj`."""
+    text = "Encoder of pictures or sounds that goes with a GGUF file from elsewhere."
+    return click.option("--mmproj", metavar="FILE", help=text)(command)
+
+
 def lora_given(values: tuple[str, ...]) -> list[tuple[str, float]] | None:
     """Files and scales of `--lora`; None without any."""
     found = []

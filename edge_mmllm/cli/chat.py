@@ -16,6 +16,7 @@ from edge_mmllm.cli._options import (
     context_option,
     lora_given,
     lora_option,
+    mmproj_option,
     sampling_options,
     threads_option,
 )
@@ -31,6 +32,7 @@ from edge_mmllm.cli.run import answer_settings, writer
 @threads_option
 @context_option
 @lora_option
+@mmproj_option
 @click.option("--raw", is_flag=True, help="No chat template: continue the text, turn by turn.")
 def command(bundle: str, **given: Any) -> None:
     """Talk with a bundle's model.
@@ -44,7 +46,8 @@ def command(bundle: str, **given: Any) -> None:
 
     settings = answer_settings(given)
     lora = lora_given(given["lora"])
-    with load(bundle, threads=given["threads"], context=given["context"], lora=lora) as session:
+    sizes = {"threads": given["threads"], "context": given["context"]}
+    with load(bundle, **sizes, lora=lora, mmproj=given["mmproj"]) as session:
         talk = Conversation(session, settings, system=given["system"], raw=given["raw"])
         at_terminal = sys.stdin.isatty()
         if at_terminal:

@@ -18,6 +18,7 @@ from edge_mmllm.cli._options import (
     lora_option,
     media_given,
     media_options,
+    mmproj_option,
     sampling_options,
     threads_option,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @threads_option
 @context_option
 @lora_option
+@mmproj_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
 @click.option(
     "--state", metavar="PATH", help="Go on from this state file: the prompt is what comes next."
@@ -75,6 +77,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             threads=given["threads"],
             context=given["context"],
             lora=lora_given(given["lora"]),
+            mmproj=given["mmproj"],
             raw=given["raw"],
             media=media_given(given),
             files=StateFiles(given["state"], given["save_state"], given["state_storage"]),

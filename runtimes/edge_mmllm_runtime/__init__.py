@@ -48,6 +48,7 @@ def load(
     kernels: str = "auto",
     trace: str | os.PathLike[str] | None = None,
     lora: AdapterLike | Sequence[AdapterLike] | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> Session:
     """Opens a bundle, or a GGUF file from elsewhere, and makes it ready to run.
 
@@ -69,6 +70,7 @@ def load(
             is closed, see `edge_mmllm.profiling.operators`. It slows the engine.
         lora: of a GGUF model: adapters as GGUF files (`edge-mmllm adapter` makes them), each with
             a scale where it is `(file, scale)`. States belong to the model with its adapters.
+        mmproj: of a GGUF file from elsewhere: the file with its encoder of pictures or sounds.
 
     Raises:
         KernelError: `native` kernels that are not built here, or not in the bundle.
@@ -86,7 +88,10 @@ def load(
     if is_gguf(path):
         name = _engine_name(engine, "gguf")
         _opener(name)  # says what is missing
-        source: Bundle | GgufFile = open_file(path)
+        found = open_file(path)
+        source: Bundle | GgufFile = found if mmproj is None else found.with_projector(mmproj)
+    elif mmproj is not None:
+        raise UsageError("a projector goes with a GGUF file; a bundle has its own", where=str(path))
     else:
         source = open_bundle(path)
         name = _engine_name(engine, source.manifest.engine)

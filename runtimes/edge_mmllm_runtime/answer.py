@@ -79,6 +79,7 @@ def run(
     threads: int | None = None,
     context: int | None = None,
     lora: Sequence[AdapterLike] | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
     raw: bool = False,
     media: Media | None = None,
     files: StateFiles | None = None,
@@ -91,7 +92,7 @@ def run(
         path: the bundle's folder.
         prompt: text; it goes through the bundle's chat template as a user's message where there
             is one, unless `raw`.
-        threads, context, lora: see `load`.
+        threads, context, lora, mmproj: see `load`.
         media: modality (`image`, ...) -> files, asked about: see `Session.generate`.
         files: state files to go on from (the prompt is then what comes next) and to leave behind.
         write: gets the answer piece by piece.
@@ -104,7 +105,7 @@ def run(
     files = files or StateFiles()
     files.check()
     started = time.perf_counter()
-    with load(path, threads=threads, context=context, lora=lora) as session:
+    with load(path, threads=threads, context=context, lora=lora, mmproj=mmproj) as session:
         session.perception.keep_stages = False  # there is one prompt
         restored = 0 if files.load is None else session.load_state(files.load)
         load_ms = (time.perf_counter() - started) * 1e3

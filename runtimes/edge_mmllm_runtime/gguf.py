@@ -17,9 +17,10 @@ import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
 from edge_mmllm_runtime.llama import Model, encode, log
 from edge_mmllm_runtime.prompted import Prompted, parts
+
+if TYPE_CHECKING:
+    from edge_mmllm_runtime.perception import Perception
 
 #: The state of every GGUF model, as the session sees it: uint8 `(bytes,)`.
 STATE = StateSpec("llama.cpp", (MEMORY,), "uint8", "opaque")
@@ -434,6 +438,13 @@ class GgufEngine:
     def embed(self, ids: Int64) -> Float32:
         """See `Engine.embed`: llama.cpp does not give them."""
         raise SessionError("llama.cpp keeps its token embeddings to itself")
+
+    def adopt(self, modality: str, perception: Perception) -> None:
+        """Has a session read items of a modality as mtmd does; of files from elsewhere."""
+        from edge_mmllm_runtime.gguf_native import NativeLayout, reader
+
+        stage = partial(self._stages.projector, f"encode_{modality}")
+        perception.adopt(modality, reader(modality, stage), NativeLayout())
 
     def load_stage(self, name: str) -> bool:
         """See `Engine.load_stage`: the decoder is loaded from the beginning."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_mmllm.errors import UnsupportedBundle, UsageError
-from edge_mmllm.spec import ModelSpec, TextSpec
+from edge_mmllm.spec import ModelSpec
 from edge_mmllm.text import StreamDecoder, Text
 from edge_mmllm.text.vocabulary import Vocabulary
 from edge_mmllm_runtime.gguf_check import Checked, check_file
@@ -60,12 +60,32 @@ class GgufFile:
         sha256: its identity, which states are bound to: of its size, its first 8 MiB and 256
             samples spread over the rest, so that a large file need not be read whole.
         checked: that it is still the file that was checked and tried.
+        projector: the `mmproj` file beside it, if there is one.
     """
 
     path: Path
     spec: ModelSpec
     sha256: str
     checked: Checked
+    projector: Path | None = None
+
+    def with_projector(self, path: str | os.PathLike[str]) -> GgufFile:
+        """The model with an `mmproj` file beside it, which a child process could use.
+
+        Raises:
+            CorruptBundle: damaged; llama.cpp refuses it, or it is of another model.
+            UsageError: no GGUF file.
+        """
+        from edge_mmllm_runtime import gguf_native
+
+        if not is_gguf(path):
+            raise UsageError("the projector is no GGUF file", where=str(path))
+        place = Path(path).resolve()
+        size = place.stat().st_size + self.path.stat().st_size
+        told = try_file(place, size, gguf_native.trial(self.path, place))
+        digest = hashlib.sha256(f"{self.sha256} {_identity((place,))}".encode())
+        spec = gguf_native.with_projector(self.spec, told)
+        return replace(self, spec=spec, sha256=digest.hexdigest(), projector=place)
 
     def session(self, spec: ModelSpec, options: EngineOptions) -> Session:
         """A session over the file. Raises: CorruptBundle: it was changed; and as `GgufEngine`."""
@@ -73,8 +93,14 @@ class GgufFile:
         from edge_mmllm_runtime.session import Session
 
         self.checked.require_same()
+        media = {f"encode_{name}": self.projector for name in spec.modalities if self.projector}
         engine = GgufEngine(
-            spec, self.path, threads=options.threads, context=options.context, lora=options.lora
+            spec,
+            self.path,
+            threads=options.threads,
+            context=options.context,
+            media=media,
+            lora=options.lora,
         )
         model = engine.model
         try:
@@ -82,9 +108,12 @@ class GgufFile:
         except BaseException:
             engine.close()
             raise
-        return Session(
-            engine, spec, self.sha256, lambda: VocabText(spec.text, model), context=options.context
+        session = Session(
+            engine, spec, self.sha256, lambda: VocabText(spec, model), context=options.context
         )
+        for name in spec.modalities:
+            engine.adopt(name, session.perception)
+        return session
 
 
 def open_file(path: str | os.PathLike[str]) -> GgufFile:
@@ -125,18 +154,22 @@ class VocabText(Text):
     """Text through llama.cpp's own tokenizer. See `edge_mmllm.text.Text`.
 
     Args:
-        spec: the model's text settings.
+        spec: the model, of which the text settings, and what stands for pictures.
         model: the vocabulary; it may be closed, then `SessionClosed` is raised.
     """
 
-    def __init__(self, spec: TextSpec, model: Model) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: ModelSpec, model: Model) -> None:
+        super().__init__(spec.text)
         self._model = model
+        marks = {m.placeholder: m.token_id for m in spec.modalities.values()}
+        self._mark = next(iter(marks.items()), None)
+        if self._mark:
+            self.takes_parts = False  # the template's own placeholders are not ours
 
     def encode(self, text: str, *, add_bos: bool | None = None, whole: bool = False) -> list[int]:
         """See `Text.encode`."""
         try:
-            ids = self._model.tokenize(text.encode("utf-8"))
+            ids = self._ids(text)
         except UnicodeEncodeError as error:
             raise UsageError("the text is not valid Unicode", found=str(error)) from error
         bos = self.spec.bos_id
@@ -145,6 +178,16 @@ class VocabText(Text):
         wanted = self.spec.add_bos if add_bos is None else add_bos
         if wanted and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        if self._mark is None:
+            return self._model.tokenize(text.encode("utf-8"))
+        mark, row = self._mark
+        ids: list[int] = []
+        for i, part in enumerate(text.split(mark)):
+            ids += [row] * bool(i)
+            ids += self._model.tokenize(part.encode("utf-8")) if part else []
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

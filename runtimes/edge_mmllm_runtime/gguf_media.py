@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ from edge_mmllm_runtime.gguf_exact import (
 from edge_mmllm_runtime.llama import Model, log
 
 Bytes = NDArray[np.uint8]
+T = TypeVar("T")
 
 #: Tensors of the file that are needed on this side.
 _CLASS, _NEWLINE = "v.class_embd", "v.image_newline"
@@ -69,9 +70,14 @@ class Projector:
         model: the backbone, whose vocabulary mtmd asks for.
         threads: to compute with.
 
+    Attributes:
+        fitted: pictures come prepared.
+
     Raises:
         CorruptBundle: mtmd refuses the file; the message has its words.
     """
+
+    fitted = True
 
     def __init__(self, spec: ModelSpec, path: Path, model: Model, *, threads: int) -> None:
         self._spec, self._path, self._api = spec, path, library()
@@ -89,9 +95,10 @@ class Projector:
         params = self._api.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup = False, False, False
         params.n_threads, params.flash_attn_type = threads, 0  # flash attention rounds to float16
-        # No picture is to be fitted into a number of tokens: they come fitted.
         fixed = [m.tokens for m in spec.modalities.values() if m.layout.get("kind") == "tiles"]
-        params.image_min_tokens, params.image_max_tokens = (1, fixed[0] if fixed else 1 << 16)
+        if self.fitted:  # no picture is to be fitted into a number of tokens
+            params.image_min_tokens = 1
+            params.image_max_tokens = fixed[0] if fixed else 1 << 16
         self._callback = model.api.ggml_backend_sched_eval_callback(self._called)
         params.cb_eval = self._callback
         log.restart()
@@ -180,6 +187,19 @@ class Projector:
 
     def _run(self, bitmaps: Any, kind: int) -> Float32:
         """Rows of what is in the bitmaps, which are freed."""
+
+        def last(chunks: Sequence[tuple[int, Any]]) -> Float32:
+            # Models that cut pictures into tiles give the tile, and it again as the whole.
+            found = [chunk for own, chunk in chunks if own == kind]
+            if not found:
+                raise SessionError("mtmd made nothing of the item", found=str(log))
+            return self._encoded(found[-1])
+
+        return self._chunked(bitmaps, last)
+
+    def _chunked(self, bitmaps: Any, use: Callable[[Sequence[tuple[int, Any]]], T]) -> T:
+        """What `use` makes of the chunks (their kinds, and they) that mtmd makes of bitmaps, which
+        are freed."""
         api = self._api
         chunks = api.mtmd_input_chunks_init()
         try:
@@ -191,15 +211,11 @@ class Projector:
             )
             if status:
                 raise SessionError("mtmd cannot take the item", found=f"{status}: {log}")
-            # Models that cut pictures into tiles give the tile, and it again as the whole.
-            kinds = [
-                (i, api.mtmd_input_chunk_get_type(api.mtmd_input_chunks_get(chunks, i)))
+            found = (
+                api.mtmd_input_chunks_get(chunks, i)
                 for i in range(api.mtmd_input_chunks_size(chunks))
-            ]
-            last = max((i for i, found in kinds if found == kind), default=None)
-            if last is None:
-                raise SessionError("mtmd made nothing of the item", found=str(log))
-            return self._encoded(api.mtmd_input_chunks_get(chunks, last))
+            )
+            return use([(api.mtmd_input_chunk_get_type(chunk), chunk) for chunk in found])
         finally:
             api.mtmd_input_chunks_free(chunks)
             for bitmap in bitmaps:

@@ -38,14 +38,21 @@ class Stages:
         if path in self._loaded:
             return False
         from edge_mmllm_runtime.gguf_media import Projector
+        from edge_mmllm_runtime.gguf_native import NativeProjector
 
-        self._loaded[path] = Projector(self._spec, path, self._model, threads=self._threads)
+        kinds = {m.layout.get("kind") for m in self._spec.modalities.values()}
+        made = NativeProjector if kinds == {"native"} else Projector
+        self._loaded[path] = made(self._spec, path, self._model, threads=self._threads)
         return True
+
+    def projector(self, name: str) -> Projector:
+        """What a stage's file holds, loaded. Raises: CorruptBundle."""
+        self.load(name)
+        return self._loaded[self._path(name)]
 
     def run(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
         """What a stage gives. Raises: SessionError, CorruptBundle."""
-        self.load(name)
-        return self._loaded[self._path(name)].encode(inputs)
+        return self.projector(name).encode(inputs)
 
     def release(self, name: str) -> bool:
         """Gives a stage's memory back; whether it was loaded."""

@@ -39,14 +39,19 @@ _WORDS = (
 )
 
 
-def try_file(path: Path, size_bytes: int) -> dict[str, Any]:
+def try_file(path: Path, size_bytes: int, code: str | None = None) -> dict[str, Any]:
     """What `describe` says of a file, in a process of its own.
+
+    Args:
+        code: what the child runs instead, and is answered by.
 
     Raises:
         CorruptBundle: llama.cpp refuses the file, crashes on it, or takes too long or too much.
     """
     patience = _PATIENCE_S + size_bytes // _BYTES_PER_S
-    code = f"from edge_mmllm_runtime.gguf_trial import main; main({str(path)!r}, {size_bytes})"
+    code = (
+        code or f"from edge_mmllm_runtime.gguf_trial import main; main({str(path)!r}, {size_bytes})"
+    )
     # GGML_NO_BACKTRACE: llama.cpp would start a debugger to print where it ended.
     surroundings = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:

@@ -197,6 +197,11 @@ class Perception:
         spans: list[tuple[int, int]] = layout.seen_by(positions, ids)
         return spans
 
+    def adopt(self, modality: str, reader: Reader, layout: Layout) -> None:
+        """Items of a modality are read and arranged in an engine's own way."""
+        stages = self._spec.modalities[modality].stages
+        self._senses[modality] = _Sense(reader, None, layout, stages, beside=False, text=None)
+
     def is_kept(self, item: Item) -> bool:
         """Whether an item's features are here already."""
         return item.key in self._features
