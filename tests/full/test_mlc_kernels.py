@@ -134,9 +134,19 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
         Packing.of_scheme("q8f16_1", 16, 32)
 
 
-@pytest.mark.parametrize("scheme", ["q4f16_1", "q4f32_1", "q3f16_1", "q0f16", "q0f32"])
-@pytest.mark.parametrize(("seq", "exact"), [(1, False), (None, False), (None, True)])
-def test_products_are_numpys(target: Any, scheme: str, exact: bool, seq: int | None) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "seq", "exact"),
+    [
+        *itertools.product(
+            ("q4f16_1", "q4f32_1", "q3f16_1", "q0f16", "q0f32"), (1, None), (False,)
+        ),
+        ("q4f32_1", 1, True),
+        ("q3f16_1", None, True),
+        ("q4f32_1", 3, False),
+        ("q4f32_1", 19, False),
+    ],
+)
+def test_products_are_numpys(target: Any, scheme: str, seq: int | None, exact: bool) -> None:
     random = np.random.default_rng(11)
     isa = Isa.of(target)
     # Whole groups and blocks; several of a width that is neither; a short one.

@@ -41,7 +41,7 @@ class Product:
         packings: of the matrices, all of one kind, block, zero and type of scales.
         biases: which of them have a bias.
         activations: what is applied to each result, by name; None = nothing.
-        seq: 1, or None for any number of tokens.
+        seq: the number of tokens; None: any.
         exact: float32 activations.
     """
 
@@ -51,6 +51,11 @@ class Product:
     isa: Isa
     seq: int | None = None
     exact: bool = False
+
+    @property
+    def many(self) -> bool:
+        """Whether there may be more than one token."""
+        return self.seq != 1
 
     @property
     def first(self) -> Packing:
@@ -110,7 +115,7 @@ def _quantized(p: Product, x: Expr, seq: Expr) -> _Input:
     scales = T.alloc_buffer((seq, blocks), "float32")
     sums = T.alloc_buffer((seq, blocks), "int32")
     whole, rest = divmod(p.first.columns, block)
-    with _loop(p, seq, p.seq is None) as t:
+    with _loop(p, seq, p.many) as t:
         with T.serial(whole) as b:
             _quantize(
                 p, lambda i: vector.load(x, t, b * block + i, n=_LANES), t, b, words, scales, sums
@@ -165,14 +170,13 @@ class _Matrix:
 
 def _over_chunks(p: Product, given: _Input, seq: Expr, matrices: Sequence[_Matrix]) -> None:
     size = sum(m.size_bytes for m in p.packings)
-    many = p.seq is None
-    chunk = _CHUNK if many else 1
+    chunk = _CHUNK if p.many else 1
     counts = [-(-m.groups // chunk) for m in p.packings]
-    with _loop(p, sum(counts), many or size > _PARALLEL_BYTES) as c:
+    with _loop(p, sum(counts), p.many or size > _PARALLEL_BYTES) as c:
 
         def one(i: int, first: int) -> None:
             m = matrices[i]
-            if not many:
+            if not p.many:
                 _tile(p, m, given, c - first, 0, 1)
                 return
             tile = p.isa.tile
@@ -183,13 +187,16 @@ def _over_chunks(p: Product, given: _Input, seq: Expr, matrices: Sequence[_Matri
                     with _when(group < m.packing.groups if m.packing.groups % chunk else None):
                         _tile(p, m, given, group, start(i), rows)
 
+            def tiles() -> None:  # the last one may repeat rows of the one before
+                count = (seq + tile - 1) // tile
+                rows_from(count, lambda i: T.min(i * tile, seq - tile), tile)
+
+            if p.seq is not None:
+                tiles() if p.seq >= tile else rows_from(seq, lambda i: i, 1)
+                return
             with T.If(seq >= tile):
-                with T.Then():  # the last tile may repeat rows of the one before
-                    rows_from(
-                        T.floordiv(seq + tile - 1, tile),
-                        lambda i: T.min(i * tile, seq - tile),
-                        tile,
-                    )
+                with T.Then():
+                    tiles()
                 with T.Else():
                     rows_from(seq, lambda i: i, 1)
 
