@@ -15,7 +15,9 @@ The functions take their inputs, then states, then parameters, each a tensor:
   -> logits float32 (rows, vocab)`;
 - `decode(input_ids int64 (1,), [position int64 (1,)], ...) -> logits float32 (1, vocab)`;
 - `embed(input_ids int64 (seq,), ...) -> float32 (seq, hidden)`, and `prefill_embeds`, which takes
-  `inputs_embeds float32 (seq, hidden)` in place of the ids.
+  `inputs_embeds float32 (seq, hidden)` in place of the ids;
+- of a multimodal model, one for each stage, e.g. `encode_image(pixels, ...) -> features` and
+  `project_image(features, ...) -> inputs_embeds`.
 
 `position` is there where the model has kv states. States are written in place; those that grow
 take any capacity. For `parameters` see `ops/relax_params.py`.
@@ -33,6 +35,7 @@ import tvm
 from tvm import relax, tirx
 
 from edge_mmllm.spec import CAPACITY, StateSpec
+from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
 from edge_mmllm_export.mlc_link import find_linker
 from edge_mmllm_export.mlc_targets import MlcTarget
 from edge_mmllm_export.ops.base import Architecture
@@ -86,6 +89,9 @@ def build_library(
     builder = relax.BlockBuilder()
     for name in functions:
         _function(builder, library, name, model, weights, layouts, isa, exact)
+    if isinstance(model, Composite):
+        for stage in model.stage_definitions():
+            _stage(builder, library, stage, scoped(weights, stage.scope), layouts, isa, exact)
     metadata = {
         "format": FORMAT,
         "architecture": model.name,
@@ -167,6 +173,39 @@ def _function(
     library.functions[name] = {
         "inputs": list(inputs),
         "states": list(carried),
+        "parameters": list(op.parameters),
+    }
+
+
+def _stage(
+    builder: Any,
+    library: Library,
+    stage: StageDefinition,
+    weights: Mapping[str, Weight],
+    layouts: Layouts,
+    isa: Isa,
+    exact: bool,
+) -> None:
+    """A function of a stage that prepares pictures or sounds for the decoder."""
+    sizes: dict[str, Any] = {}
+    inputs = {}
+    for port in stage.ports:
+        shape = [
+            sizes.setdefault(d, tirx.Var(d, "int64")) if isinstance(d, str) else d
+            for d in port.shape
+        ]
+        inputs[port.name] = _tensor(port.name, tuple(shape), port.dtype)
+    given = list(inputs.values())
+    with builder.function(stage.name, attrs={"num_input": len(given)}):
+        op = RelaxOps(builder, layouts, {}, isa=isa, exact=exact)
+        with builder.dataflow():
+            result = builder.emit_output(op.finished(stage.run(op, weights, given)))
+        wanted = [variable for _, variable in op.parameters.values()]
+        builder.emit_func_output(result, params=[*given, *wanted])
+    library.parameters |= {p.name: p for p, _ in op.parameters.values()}
+    library.functions[stage.name] = {
+        "inputs": list(inputs),
+        "states": [],
         "parameters": list(op.parameters),
     }
 

@@ -26,6 +26,7 @@ from edge_mmllm_export.ops import (
 from edge_mmllm_export.ops.base import Activation, Attention, Rope, Wkv7, Wkv7Weights
 from edge_mmllm_export.ops.relax_missing import MissingOps
 from edge_mmllm_export.ops.relax_params import FLOAT32, Layouts, Packed, packed
+from edge_mmllm_export.ops.relax_vision import RelaxVision
 from edge_mmllm_export.ops.tir import scan
 from edge_mmllm_export.ops.tir.isa import Isa
 from edge_mmllm_export.weights import Weight
@@ -38,7 +39,7 @@ PACKED = "f32"
 Value = Any
 
 
-class RelaxOps(MissingOps[Value]):
+class RelaxOps(RelaxVision[Value], MissingOps[Value]):
     """Builds the body of one Relax function.
 
     Args:
@@ -134,10 +135,15 @@ class RelaxOps(MissingOps[Value]):
         return [self._emit(relax.TupleGetItem(results, len(buffers) + i)) for i in range(outputs)]
 
     def _pointwise(self, name: str, inputs: list[Value], *formulas: relax_rows.Formula) -> Any:
-        """Numbers at the same place; vectors `(width,)` stand for every row."""
-        x = next(i for i in inputs if len(i.ty.shape) == 2)
+        """Numbers at the same place; vectors `(width,)` and single rows stand for every row."""
+        shapes = [i.ty.shape for i in inputs]
+        whole = next((i for i in inputs if len(i.ty.shape) == 2 and not self._one(i)), None)
+        x = next(i for i in inputs if len(i.ty.shape) == 2) if whole is None else whole
         width = int(x.ty.shape[1])
-        kinds = "".join("r" if len(i.ty.shape) == 2 else "v" for i in inputs)
+        kinds = "".join(
+            "v" if len(shape) == 1 else "b" if self._one(i) and whole is not None else "r"
+            for i, shape in zip(inputs, shapes, strict=True)
+        )
         kernel = relax_rows.pointwise(name, width, kinds, formulas, one=self._one(x))
         return self._call(kernel, name, inputs, [self._rows_like(x, width)] * len(formulas))
 

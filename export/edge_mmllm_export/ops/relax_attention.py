@@ -6,6 +6,7 @@ are computed together, so that each key is read once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -239,15 +240,113 @@ def step(s: Shape) -> Any:
 _KEYS, _ROWS = 16, 4
 
 
+@dataclass
+class _Rows:
+    """Some queries of one head on their way through the keys, 16 at a time: with a running maximum
+    and sum for each. Source: FlashAttention, arXiv 2205.14135, algorithm 1.
+
+    Attributes:
+        d: numbers of a head.
+        query, acc: `_ROWS` times d numbers: queries, already scaled, and weighted values.
+        largest, weight: of each query.
+    """
+
+    d: int
+    query: Buffer
+    acc: Buffer
+    largest: Buffer
+    weight: Buffer
+
+    @staticmethod
+    def begin(d: int, load: Callable[[int, Callable[[Expr, Expr], None]], None]) -> _Rows:
+        """`load(r, store)` stores the numbers of query r."""
+        rows = _Rows(d, local(_ROWS * d), local(_ROWS * d), local(_ROWS), local(_ROWS))
+        wide = lanes_of(d)
+        for r in range(_ROWS):
+            load(r, lambda i, x, r=r: put(rows.query, (r * d + i,), x))  # type: ignore[misc]
+            with serial(d // wide) as j, lanes(wide) as v:
+                put(rows.acc, (r * d + j * wide + v,), f32(0))
+            put(rows.largest, (r,), f32(_NEVER))
+            put(rows.weight, (r,), f32(0))
+        return rows
+
+    def read(
+        self,
+        side: Callable[[Expr, Expr], Expr],
+        value: Callable[[Expr, Expr], Expr],
+        count: Expr,
+        seen: Callable[[int, Expr], Expr],
+        score: Callable[[int, Expr, Expr], Expr],
+    ) -> None:
+        """Go through 16 keys.
+
+        Args:
+            side: (i, lane) -> number i of a key.
+            value: (n, i) -> number i of a value.
+            count: of the keys that there are.
+            seen: (row, lane) -> whether a query sees a key.
+            score: (row, lane, product) -> the score.
+        """
+        d, wide = self.d, lanes_of(self.d)
+        dot, scores = local(_ROWS * _KEYS), local(_ROWS * _KEYS)
+        peak, change = local(_KEYS), local(_ROWS)
+        for r in range(_ROWS):
+            with lanes(_KEYS) as v:
+                put(dot, (r * _KEYS + v,), f32(0))
+        with serial(d) as i:
+            for r in range(_ROWS):
+                with lanes(_KEYS) as v:
+                    add_to(dot, (r * _KEYS + v,), self.query[r * d + i] * side(i, v))
+        for r in range(_ROWS):
+            with lanes(_KEYS) as v:
+                x = score(r, v, dot[r * _KEYS + v])
+                put(scores, (r * _KEYS + v,), tirx.Select(seen(r, v), x, f32(_NEVER)))
+            with lanes(_KEYS) as v:
+                put(peak, (v,), scores[r * _KEYS + v])
+            for half in (8, 4, 2, 1):
+                with lanes(half) as v:
+                    put(peak, (v,), te.max(peak[v], peak[v + half]))
+            put(peak, (0,), te.max(peak[0], self.largest[r]))
+            put(change, (r,), exp(self.largest[r] - peak[0]))
+            put(self.largest, (r,), peak[0])
+            with lanes(_KEYS) as v:
+                x = exp(scores[r * _KEYS + v] - self.largest[r])
+                # exp is clipped, so that what is never seen must be left out.
+                put(scores, (r * _KEYS + v,), tirx.Select(seen(r, v), x, f32(0)))
+            with lanes(_KEYS) as v:
+                put(peak, (v,), scores[r * _KEYS + v])
+            put(self.weight, (r,), self.weight[r] * change[r] + total(peak, _KEYS))
+        with serial(d // wide) as j:
+            part = local(_ROWS * wide)
+            for r in range(_ROWS):
+                with lanes(wide) as v:
+                    put(part, (r * wide + v,), self.acc[r * d + j * wide + v] * change[r])
+            with serial(count) as n:
+                for r in range(_ROWS):
+                    with lanes(wide) as v:
+                        x = scores[r * _KEYS + n] * value(n, j * wide + v)
+                        add_to(part, (r * wide + v,), x)
+            for r in range(_ROWS):
+                with lanes(wide) as v:
+                    put(self.acc, (r * d + j * wide + v,), part[r * wide + v])
+
+    def end(self, output: Buffer, first: Expr, seq: Expr, column: Expr) -> None:
+        """Stores the results at rows `first`, ... of the output, as far as there are any."""
+        d, wide = self.d, lanes_of(self.d)
+        for r in range(_ROWS):
+            loops = serial(d // wide), lanes(wide)
+            with T.If(first + r < seq), T.Then(), loops[0] as j, loops[1] as v:
+                i = j * wide + v
+                put(output, (first + r, column + i), self.acc[r * d + i] / self.weight[r])
+
+
 @cache
 def chunk(s: Shape) -> Any:
-    """Attention of any number of tokens: see `Ops.attention`. As `step`, for some queries of a
-    head at a time. The keys are turned on their side first, 16 by 16, so that a score needs no sum
-    over lanes."""
+    """Attention of any number of tokens: see `Ops.attention`. The keys are turned on their side
+    first, 16 by 16, so that a score needs no sum over lanes."""
 
     def body() -> None:
-        a, d, rows = _arguments(s, one=False), s.head_dim, _ROWS
-        wide = lanes_of(d)
+        a, d = _arguments(s, one=False), s.head_dim
         _check(a)
         with parallel(a.seq) as t, serial(s.kv_heads) as h:
             _append(a, s, t, h)
@@ -260,88 +359,90 @@ def chunk(s: Shape) -> Any:
             with serial(d) as i, lanes(_KEYS) as v:
                 at = te.min(first + v, stop - 1)
                 put(sides, ((task * d + i) * _KEYS + v,), a.keys[0, h, at, i])
-        blocks = (a.seq + rows - 1) // rows
+        blocks = (a.seq + _ROWS - 1) // _ROWS
         # The last blocks see most keys: they come first, and heads vary fastest.
         with parallel(blocks * s.heads) as task:
             head = task % s.heads
             h, block = head // s.share, blocks - 1 - task // s.heads
-            query, acc = local(rows * d), local(rows * d)
-            scores, largest, weight = local(rows * _KEYS), local(rows), local(rows)
-            peak, change = local(_KEYS), local(rows)
-            for r in range(rows):
-                t = te.min(block * rows + r, a.seq - 1)
 
-                def store(i: Expr, x: Expr, r: int = r) -> None:
-                    put(query, (r * d + i,), x * f32(s.scale))
+            def load(r: int, store: Callable[[Expr, Expr], None]) -> None:
+                t = te.min(block * _ROWS + r, a.seq - 1)
+                _turned(a, a.q, t, head * d, d, lambda i, x: store(i, x * f32(s.scale)))
 
-                _turned(a, a.q, t, head * d, d, store)
-                with serial(d // wide) as j, lanes(wide) as v:
-                    put(acc, (r * d + j * wide + v,), f32(0))
-                put(largest, (r,), f32(_NEVER))
-                put(weight, (r,), f32(0))
-            own = let(a.position[0] + block * rows)
-            end = te.min(own + rows, stop)
-            start = 0 if s.window is None else te.max(own + 1 - s.window, tirx.const(0, "int64"))
-            start = let(start // _KEYS) if s.window is not None else 0
+            rows = _Rows.begin(d, load)
+            own = let(a.position[0] + block * _ROWS)
+            end = te.min(own + _ROWS, stop)
+            zero = tirx.const(0, "int64")
+            start = zero if s.window is None else let(te.max(own + 1 - s.window, zero) // _KEYS)
             with serial((end + _KEYS - 1) // _KEYS - start) as run:
                 first = let((start + run) * _KEYS)
                 side = let(((start + run) * s.kv_heads + h) * d * _KEYS)
-                dot = local(rows * _KEYS)
-                for r in range(rows):
-                    with lanes(_KEYS) as v:
-                        put(dot, (r * _KEYS + v,), f32(0))
-                with serial(d) as i:
-                    for r in range(rows):
-                        with lanes(_KEYS) as v:
-                            x = query[r * d + i] * sides[side + i * _KEYS + v]
-                            add_to(dot, (r * _KEYS + v,), x)
-                for r in range(rows):
 
-                    def seen(v: Expr, at_row: Expr = own + r) -> Expr:
-                        inside = first + v <= at_row
-                        if s.window is None:
-                            return inside
-                        return tirx.all(inside, first + v > at_row - s.window)
+                def seen(r: int, v: Expr) -> Expr:
+                    inside = first + v <= own + r
+                    if s.window is None:
+                        return inside
+                    return tirx.all(inside, first + v > own + r - s.window)
 
-                    with lanes(_KEYS) as v:
-                        behind = te.max(own + r - first - v, tirx.const(0, "int64"))
-                        x = _score(s, a, dot[r * _KEYS + v], head, behind)
-                        put(scores, (r * _KEYS + v,), tirx.Select(seen(v), x, f32(_NEVER)))
-                    with lanes(_KEYS) as v:
-                        put(peak, (v,), scores[r * _KEYS + v])
-                    for half in (8, 4, 2, 1):
-                        with lanes(half) as v:
-                            put(peak, (v,), te.max(peak[v], peak[v + half]))
-                    put(peak, (0,), te.max(peak[0], largest[r]))
-                    put(change, (r,), exp(largest[r] - peak[0]))
-                    put(largest, (r,), peak[0])
-                    with lanes(_KEYS) as v:
-                        x = exp(scores[r * _KEYS + v] - largest[r])
-                        # exp is clipped, so that what is never seen must be left out.
-                        put(scores, (r * _KEYS + v,), tirx.Select(seen(v), x, f32(0)))
-                    with lanes(_KEYS) as v:
-                        put(peak, (v,), scores[r * _KEYS + v])
-                    put(weight, (r,), weight[r] * change[r] + total(peak, _KEYS))
-                count = te.min(tirx.const(_KEYS, "int64"), end - first)
-                with serial(d // wide) as j:
-                    part = local(rows * wide)
-                    for r in range(rows):
-                        with lanes(wide) as v:
-                            i = r * d + j * wide + v
-                            put(part, (r * wide + v,), acc[i] * change[r])
-                    with serial(count) as n:
-                        for r in range(rows):
-                            with lanes(wide) as v:
-                                value = a.values[0, h, first + n, j * wide + v]
-                                add_to(part, (r * wide + v,), scores[r * _KEYS + n] * value)
-                    for r in range(rows):
-                        with lanes(wide) as v:
-                            put(acc, (r * d + j * wide + v,), part[r * wide + v])
-            for r in range(rows):
-                t = block * rows + r
-                loops = serial(d // wide), lanes(wide)
-                with T.If(t < a.seq), T.Then(), loops[0] as j, loops[1] as v:
-                    i = j * wide + v
-                    put(a.output, (t, head * d + i), acc[r * d + i] / weight[r])
+                rows.read(
+                    lambda i, v: sides[side + i * _KEYS + v],
+                    lambda n, i: a.values[0, h, first + n, i],
+                    te.min(tirx.const(_KEYS, "int64"), end - first),
+                    seen,
+                    lambda r, v, x: _score(s, a, x, head, te.max(own + r - first - v, zero)),
+                )
+            rows.end(a.output, block * _ROWS, a.seq, head * d)
 
     return build("attention", body)
+
+
+@cache
+def full(heads: int, kv_heads: int, d: int, scale: float, *, bias: bool) -> Any:
+    """See `full_attention` of the op set, without frames: q `(seq, heads * d)`, k and v
+    `(keys, kv_heads * d)`, with `bias` `(heads, seq, keys)`, output."""
+
+    def body() -> None:
+        seq, count = tirx.Var("seq", "int64"), tirx.Var("count", "int64")
+        q = arg("q", (seq, heads * d))
+        k, v_ = arg("k", (count, kv_heads * d)), arg("v", (count, kv_heads * d))
+        added = arg("bias", (heads, seq, count)) if bias else None
+        output = arg("output", (seq, heads * d))
+        runs = (count + _KEYS - 1) // _KEYS
+        sides = T.alloc_buffer((runs * kv_heads * d * _KEYS,), "float32")
+        with parallel(runs * kv_heads) as task:
+            first, h = task // kv_heads * _KEYS, task % kv_heads
+            with serial(d) as i, lanes(_KEYS) as v:
+                put(
+                    sides, ((task * d + i) * _KEYS + v,), k[te.min(first + v, count - 1), h * d + i]
+                )
+        blocks = (seq + _ROWS - 1) // _ROWS
+        with parallel(blocks * heads) as task:
+            head, block = task % heads, task // heads
+            h = head // (heads // kv_heads)
+
+            def load(r: int, store: Callable[[Expr, Expr], None]) -> None:
+                wide, t = lanes_of(d), te.min(block * _ROWS + r, seq - 1)
+                with serial(d // wide) as j, lanes(wide) as v:
+                    i = j * wide + v
+                    store(i, q[t, head * d + i] * f32(scale))
+
+            def score(r: int, v: Expr, x: Expr, first: Expr) -> Expr:
+                if added is None:
+                    return x
+                t = te.min(block * _ROWS + r, seq - 1)
+                return x + added[head, t, te.min(first + v, count - 1)]
+
+            rows = _Rows.begin(d, load)
+            with serial(runs) as run:
+                first = let(run * _KEYS)
+                side = let((run * kv_heads + h) * d * _KEYS)
+                rows.read(
+                    lambda i, v: sides[side + i * _KEYS + v],
+                    lambda n, i: v_[first + n, h * d + i],
+                    te.min(tirx.const(_KEYS, "int64"), count - first),
+                    lambda _, v: first + v < count,
+                    lambda r, v, x: score(r, v, x, first),
+                )
+            rows.end(output, block * _ROWS, seq, head * d)
+
+    return build("full_attention", body)

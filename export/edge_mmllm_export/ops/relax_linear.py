@@ -90,7 +90,7 @@ class _Launch:
             tuple(b is not None for b in self.biases),
             tuple(self.activations),
             self.isa,
-            seq=int(seq) if isinstance(seq, int) or hasattr(seq, "value") else None,
+            seq=1 if getattr(seq, "value", seq) == 1 else None,
             exact=self.exact,
         )
         call = relax.call_tir(

@@ -117,21 +117,20 @@ def pointwise(
     """Numbers at the same place of several inputs -> one for each formula.
 
     Args:
-        kinds: of each input: `r` rows `(seq, width)`, `v` a vector `(width,)`.
+        kinds: of each input: `r` rows `(seq, width)`, `v` a vector `(width,)`, `b` one row
+            `(1, width)`.
         formulas: of the inputs' numbers, as many as there are outputs `(seq, width)`.
     """
 
     def body() -> None:
         seq, wide = length(one), lanes_of(width)
-        inputs = [
-            arg(f"x{i}", (seq, width) if kind == "r" else (width,)) for i, kind in enumerate(kinds)
-        ]
+        shapes = {"r": (seq, width), "v": (width,), "b": (1, width)}
+        inputs = [arg(f"x{i}", shapes[kind]) for i, kind in enumerate(kinds)]
         outputs = [arg(f"y{i}", (seq, width)) for i in range(len(formulas))]
         with parallel(seq) as t, serial(width // wide) as j, lanes(wide) as v:
             c = j * wide + v
-            values = [
-                x[t, c] if kind == "r" else x[c] for x, kind in zip(inputs, kinds, strict=True)
-            ]
+            places = {"r": (t, c), "v": (c,), "b": (0, c)}
+            values = [x[places[kind]] for x, kind in zip(inputs, kinds, strict=True)]
             for output, formula in zip(outputs, formulas, strict=True):
                 put(output, (t, c), formula(*values))
 
