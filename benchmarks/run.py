@@ -22,6 +22,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "blip2.py": (),
     "memory.py": (),
     "footprint.py": (),
+    "device_size.py": (),
     "quality.py": (),
     "protection.py": (),
     "accuracy.py": (),
