@@ -20,7 +20,7 @@ import numpy as np
 from edge_mmllm.errors import ContextFull, SessionClosed, SessionError, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Engine, Float32, Int64
-from edge_mmllm_runtime.inputs import check_positions, checked_ids
+from edge_mmllm_runtime.inputs import check_positions, checked_ids, checked_rows
 from edge_mmllm_runtime.memory import with_rows
 from edge_mmllm_runtime.perception import Perception
 from edge_mmllm_runtime.prompt_cache import PromptCache
@@ -128,7 +128,7 @@ class Context:
         self,
         tokens_or_embeddings: Sequence[int] | Int64 | Float32 | Prompted,
         positions: Sequence[int] | Int64 | None = None,
-        logits: Literal["last", "all"] = "last",
+        logits: Literal["last", "all"] | Sequence[int] | Int64 = "last",
         *,
         progress: Progress | None = None,
     ) -> Float32:
@@ -141,11 +141,12 @@ class Context:
             tokens_or_embeddings: ids `(n,)`, or float32 `(n, hidden)` where the decoder takes
                 embeddings; n >= 1. Or what `encode_prompt` made of a prompt with pictures.
             positions: None, or the next n positions: bundles of this release are sequential.
-            logits: `last` for those of the last token, `all` for those of each.
+            logits: `last` for those of the last token, `all` for those of each, or positions in
+                what is given, 0 for its first token: only theirs are computed, and the last one's.
             progress: called after each chunk but the last; may raise to cancel.
 
         Returns:
-            float32 `(vocab,)` for `last`, `(n, vocab)` for `all`.
+            float32 `(vocab,)` for `last`, `(n, vocab)` for `all`, `(positions, vocab)`.
 
         Raises:
             UsageError, ContextFull: nothing was changed.
@@ -153,10 +154,13 @@ class Context:
                 (empty, where pictures stand beside the tokens).
         """
         engine = self.engine
-        if logits not in ("last", "all"):
-            raise UsageError("unknown value of logits", expected="last or all", found=repr(logits))
         x = checked(tokens_or_embeddings, engine, self.spec)
         total = len(x)
+        last = isinstance(logits, str) and logits == "last"
+        chosen = None
+        if not last and not (isinstance(logits, str) and logits == "all"):
+            chosen = checked_rows(logits, total)
+        rows = None if chosen is None else np.union1d(chosen, [total - 1])
         check_positions(positions, self._position, total)
         self._check_room(total)
         if isinstance(x, Prompted) and x.looks and self._position != x.origin:
@@ -167,7 +171,7 @@ class Context:
                 fix="read the conversation from its beginning (no --state)",
             )
         known = identities(x)
-        cacheable = known is not None and not self._position and logits == "last"
+        cacheable = known is not None and not self._position and last
         restored = self._restore_prefix(known) if cacheable and known is not None else 0
         if restored == total and self._logits is not None:
             return self._logits.copy()
@@ -183,7 +187,10 @@ class Context:
                 look(engine, x)
             self.perception.settle()
             started = time.perf_counter()
-            parts = forward(engine, x, start, restored, self.chunk, logits, progress)
+            wanted: Literal["last", "all"] = "last" if last else "all"
+            parts = forward(
+                engine, x, start, restored, self.chunk, wanted if rows is None else rows, progress
+            )
         except BaseException:
             if mark is not None:
                 engine.rollback(mark)
@@ -193,10 +200,12 @@ class Context:
             raise
         self._running.release()
         self.perception.timings.prefill_ms += (time.perf_counter() - started) * 1e3
-        result: Float32 = parts[-1][0] if logits == "last" else np.concatenate(parts)
+        result: Float32 = parts[-1][0] if last else np.concatenate(parts)
         self._advance([-1] * total if known is None else known[restored:].tolist())
-        self._logits = result if logits == "last" else result[-1].copy()
-        return result
+        self._logits = result if last else result[-1].copy()
+        if rows is None or chosen is None:
+            return result
+        return np.asarray(result[np.searchsorted(rows, chosen)])
 
     def decode(self, token_id: int) -> Float32:
         """Adds one token.

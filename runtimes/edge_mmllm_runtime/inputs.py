@@ -42,6 +42,22 @@ def checked_ids(ids: Any, vocab_size: int) -> Int64:
     return np.ascontiguousarray(values, np.int64)
 
 
+def checked_rows(rows: Any, total: int) -> Int64:
+    """Which of `total` tokens' logits are wanted, int64 `(n,)`. Raises: UsageError."""
+    try:
+        found = np.asarray(rows)
+    except (ValueError, TypeError, OverflowError):
+        found = np.empty((0, 0))
+    good = found.ndim == 1 and found.size > 0 and found.dtype.kind in "iu"
+    if not good or found.min() < 0 or found.max() >= total:
+        raise UsageError(
+            "unknown value of logits",
+            expected=f"last, all, or positions from 0 to {total - 1} in what is read",
+            found=repr(rows)[:80],
+        )
+    return found.astype(np.int64)
+
+
 def checked_embeddings(x: Float32, hidden_size: int) -> Float32:
     """Embeddings as float32 `(n, hidden)`.
 

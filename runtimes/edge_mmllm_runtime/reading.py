@@ -67,7 +67,7 @@ def forward(
     start: int,
     restored: int,
     chunk: int,
-    logits: Literal["last", "all"],
+    logits: Literal["last", "all"] | Int64,
     progress: Progress | None,
 ) -> list[Float32]:
     """Puts `x` through the engine, in chunks.
@@ -75,18 +75,20 @@ def forward(
     Args:
         start: position of the first token of `x`.
         restored: tokens of `x` that are in the state already.
-        chunk, logits, progress: see `Context.prefill`.
+        chunk, progress: see `Context.prefill`.
+        logits: which tokens' are wanted; rising numbers, where not all or the last.
 
     Returns:
-        float32 `(rows, vocab)` of each chunk: of every token, or of the last one (none but in the
-        last chunk).
+        float32 `(rows, vocab)` of each chunk: of the tokens wanted that are in it.
     """
     parts, total = list[Float32](), len(x)
     for begin in range(restored, total, chunk):
         if begin and progress is not None:
             progress(begin, total)
         part = decoder_input(engine, x[begin : begin + chunk])
-        if logits == "all":
+        if not isinstance(logits, str):
+            rows = logits[(logits >= begin) & (logits < begin + len(part))] - begin
+        elif logits == "all":
             rows = np.arange(len(part))
         elif begin + len(part) == total:
             rows = np.array([len(part) - 1])

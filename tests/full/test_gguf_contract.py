@@ -34,6 +34,7 @@ from test_context import (  # noqa: E402, F401
     test_cancelled_prefill_is_undone,
     test_closed_session,
     test_failing_engine_leaves_the_state,
+    test_logits_of_chosen_positions,
     test_positions_must_be_the_next_ones,
     test_prefill_in_chunks_equals_the_reference,
     test_reset_forgets_everything,

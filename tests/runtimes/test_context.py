@@ -49,6 +49,28 @@ def test_prefill_in_chunks_equals_the_reference(toy, chunk):
         assert close_to(last, expected[-1])
 
 
+def test_logits_of_chosen_positions(toy):
+    with toy.session(chunk=16) as session:
+        every = session.prefill(IDS, logits="all")
+        for chosen in ([0], [99], [3, 50, 17, 50], np.array([15, 16, 98])):
+            session.reset()
+            rows = session.engine.forward
+            wanted = []
+            session.engine.forward = lambda c, p, r, rows=rows, wanted=wanted: (
+                wanted.append(len(r)) or rows(c, p, r)
+            )
+            found = session.prefill(IDS, logits=chosen)
+            session.engine.forward = rows
+            assert sum(wanted) == len({*np.asarray(chosen).tolist(), 99})
+            assert found.shape == (len(chosen), toys.VOCAB)
+            assert close_to(found, every[np.asarray(chosen)])
+            assert close_to(session.logits, every[-1])
+        for bad in ([], [100], [-1], "first", [[1]], [0.5], None, 3, [True]):
+            with pytest.raises(UsageError, match="logits"):
+                session.prefill(IDS, logits=bad)
+        assert session.position == 100
+
+
 def test_token_by_token_equals_the_reference(toy):
     expected = toy.reference(IDS)
     with toy.session() as session:
