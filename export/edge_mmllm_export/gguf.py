@@ -341,7 +341,7 @@ def _add(out: GGUFWriter, pairs: Mapping[str, object]) -> None:
             out.add_uint32(key, value)
         elif isinstance(value, float):
             out.add_float32(key, value)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, bytes)):
             out.add_array(key, value)
         else:
             out.add_string(key, str(value))

@@ -7,6 +7,7 @@ fed other tokens than it was trained on is wrong without a sign.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,9 +66,10 @@ def vocabulary(text: TextAssets, rows: int) -> Vocabulary:
     else:
         document = json.loads(content)
         tokenizer = Tokenizer.from_buffer(content)
-        out = _bpe(document, tokenizer)
+        unigram = document.get("model", {}).get("type") == "Unigram"
+        out = _unigram(document) if unigram else _bpe(document, tokenizer)
         add_bos = spec.add_bos or (spec.bos_id is not None and adds_bos(tokenizer, spec.bos_id))
-        out.settings |= {"add_bos_token": add_bos, "add_eos_token": False}
+        out.settings |= {"add_bos_token": add_bos, "add_eos_token": unigram}
     if len(out.tokens) > rows:
         raise CheckpointError(
             "the tokenizer has more ids than the model has embeddings",
@@ -100,7 +102,7 @@ def _world(content: bytes) -> Vocabulary:
 def _bpe(document: dict[str, Any], tokenizer: Tokenizer) -> Vocabulary:
     model = document.get("model", {})
     if model.get("type") != "BPE":
-        raise _unsayable(f"a model of type {model.get('type')}", "BPE")
+        raise _unsayable(f"a model of type {model.get('type')}", "BPE | Unigram")
     byte_level = _byte_level(document.get("pre_tokenizer"))
     size = max([*model["vocab"].values(), *(t["id"] for t in document["added_tokens"]), -1]) + 1
     tokens: list[str | bytes] = [f"[PAD{i}]" for i in range(size)]
@@ -145,6 +147,35 @@ def _sentencepiece(
         types[unknown] = UNKNOWN
         settings["unknown_token_id"] = unknown
     return Vocabulary("llama", tokens, types, scores, settings=settings)
+
+
+def _unigram(document: dict[str, Any]) -> Vocabulary:
+    """SentencePiece's other kind, of T5: the likeliest pieces by their scores, after a table of
+    what characters become (NFKC, mostly)."""
+    model, added = document["model"], document["added_tokens"]
+    size = max([len(model["vocab"]) - 1, *(t["id"] for t in added)]) + 1
+    tokens: list[str | bytes] = [f"[PAD{i}]" for i in range(size)]
+    types, scores = [UNUSED] * size, [-10000.0] * size
+    for i, (token, score) in enumerate(model["vocab"]):
+        tokens[i], types[i], scores[i] = token, NORMAL, float(score)
+    for token in added:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    settings: dict[str, Any] = {"pre": "default", "add_space_prefix": _prefixed(document)}
+    unknown = model.get("unk_id")
+    if unknown is not None:
+        types[unknown], settings["unknown_token_id"] = UNKNOWN, unknown
+    steps = _steps(document.get("normalizer"), "normalizers")
+    for step in steps:
+        if step["type"] == "Precompiled":
+            settings["precompiled_charsmap"] = base64.b64decode(step["precompiled_charsmap"])
+        elif step["type"] not in ("Replace", "Strip"):
+            raise _unsayable(f"Unigram behind {step['type']}", "Precompiled")
+    splits = _steps(document.get("pre_tokenizer"), "pretokenizers")
+    settings["remove_extra_whitespaces"] = any(
+        step["type"] in ("WhitespaceSplit", "Replace") for step in (*splits, *steps)
+    )
+    return Vocabulary("t5", tokens, types, scores, settings=settings)
 
 
 def _prefixed(document: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 pytestmark = pytest.mark.full
 pytest.importorskip("llama_cpp")
@@ -17,6 +18,7 @@ from edge_mmllm.errors import UnsupportedArchitecture, UsageError  # noqa: E402
 from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
+from edge_mmllm_runtime.llama import Model  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "encoder_decoders"
 NAMES = ("t5", "flan-t5")
@@ -117,3 +119,45 @@ def test_what_llama_cpp_has_no_graph_for(change, words, tmp_path):
     options = ExportOptions(QuantPlan("f32"), format="gguf", gate=False)
     with pytest.raises(UnsupportedArchitecture, match=words):
         exporter.export(tmp_path / "source", tmp_path / "out", options)
+
+
+def unigram(folder: Path) -> Path:
+    """The golden with a tokenizer as T5 has it: pieces with scores, a table of characters."""
+    shutil.copytree(FOLDER / "t5", folder)
+    words = [
+        "\u2581",
+        "\u2581the",
+        "\u2581cat",
+        "s",
+        "\u2581sat",
+        "at",
+        "c",
+        "t",
+        "h",
+        "e",
+        ",",
+        "a",
+    ]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(word, -2.0 - 0.1 * i) for i, word in enumerate(words)]
+    tokenizer = Tokenizer(models.Unigram(pieces, 2, byte_fallback=False))
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_its_tokenizer_is_written_for_llama_cpp(tmp_path):
+    options = ExportOptions(QuantPlan("f32"), format="gguf", gate=False)
+    bundle = exporter.export(unigram(tmp_path / "source"), tmp_path / "out", options)
+    model = Model(bundle.file("model.gguf"))
+    with edge_mmllm.load(bundle.root, threads=1) as session:
+        for text in ("the cat sat", "cats  at the cat, eh", "the <extra_id_0> cat", "x the"):
+            expected = session.text.encode(text)
+            assert model.tokenize(text.encode()) == expected, text
+            assert len(expected) > 2
+        assert isinstance("".join(session.generate("the cat", max_new_tokens=4)), str)
+    model.close()
