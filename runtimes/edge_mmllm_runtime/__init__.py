@@ -49,6 +49,7 @@ def load(
     trace: str | os.PathLike[str] | None = None,
     lora: AdapterLike | Sequence[AdapterLike] | None = None,
     mmproj: str | os.PathLike[str] | None = None,
+    mmap: bool = True,
 ) -> Session:
     """Opens a bundle, or a GGUF file from elsewhere, and makes it ready to run.
 
@@ -71,6 +72,8 @@ def load(
         lora: of a GGUF model: adapters as GGUF files (`edge-mmllm adapter` makes them), each with
             a scale where it is `(file, scale)`. States belong to the model with its adapters.
         mmproj: of a GGUF file from elsewhere: the file with its encoder of pictures or sounds.
+        mmap: of a GGUF model: False reads its weights into memory instead of mapping the file,
+            which a slow or removable disk may want.
 
     Raises:
         KernelError: `native` kernels that are not built here, or not in the bundle.
@@ -115,7 +118,7 @@ def load(
         )
     adapters = _adapters(lora, name)
     options = EngineOptions(
-        threads or default_threads(), context, prepacked_cache, kernels, trace, adapters
+        threads or default_threads(), context, prepacked_cache, kernels, trace, adapters, mmap
     )
     if not isinstance(source, GgufFile):
         engine_ = _opener(name)(source, options)

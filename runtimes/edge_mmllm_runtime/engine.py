@@ -37,6 +37,7 @@ class EngineOptions:
         kernels: `auto`, `native` or `stock`: see `native.wanted`.
         trace: folder for the engine's own profile of its operators, which slows it; None: none.
         lora: adapters to apply while the model runs.
+        mmap: map weights into memory, where the engine can; False reads them.
     """
 
     threads: int
@@ -45,6 +46,7 @@ class EngineOptions:
     kernels: str = "auto"
     trace: str | os.PathLike[str] | None = None
     lora: tuple[Adapter, ...] = ()
+    mmap: bool = True
 
 
 class Engine(Protocol):

@@ -69,6 +69,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> GgufEngine:
         context=options.context,
         media={name: bundle.file(file) for name, file in others.items()},
         lora=options.lora,
+        mmap=options.mmap,
     )
 
 
@@ -85,11 +86,12 @@ class GgufEngine:
 
     Args:
         spec: the model.
-        path: the GGUF file, mapped into memory.
+        path: the GGUF file.
         threads: to compute with.
         context: tokens to make room for; None where no state grows.
         media: the file of each stage before the decoder.
         lora: adapters to apply.
+        mmap: map the file into memory instead of reading it.
 
     Raises:
         CorruptBundle: llama.cpp refuses the file, or it is not as the spec says.
@@ -108,10 +110,11 @@ class GgufEngine:
         context: int | None,
         media: Mapping[str, Path] | None = None,
         lora: Sequence[Adapter] = (),
+        mmap: bool = True,
     ) -> None:
         self.version: str = "llama-cpp-python " + version("llama-cpp-python")
         self.threads = threads
-        self.model = Model(path)
+        self.model = Model(path, mmap=mmap)
         self._api = self.model.api
         self._context: Any = None
         self._adapters: list[tuple[Any, float]] = []

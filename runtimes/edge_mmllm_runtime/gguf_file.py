@@ -101,6 +101,7 @@ class GgufFile:
             context=options.context,
             media=media,
             lora=options.lora,
+            mmap=options.mmap,
         )
         model = engine.model
         try:

@@ -231,6 +231,28 @@ def test_the_cache_grows_to_the_context(files) -> None:
         greedy(session, 2)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_a_file_is_mapped_or_read(files) -> None:
+    found = []
+    for mmap in (True, False):
+        with edge_mmllm.load(files["rwkv7"], threads=1, mmap=mmap) as session:
+            maps = Path("/proc/self/maps").read_text()
+            assert (str(files["rwkv7"].resolve()) in maps) == mmap
+            found.append(session.prefill(ids(session, 30)))
+    assert np.array_equal(*found)
+
+
+def test_threads_are_those_asked_for(files) -> None:
+    from edge_mmllm.profiling.machine import default_threads
+
+    for asked, expected in ((1, 1), (2, 2), (None, default_threads())):
+        with edge_mmllm.load(files["rwkv7"], threads=asked) as session:
+            context = session.engine._context
+            api = session.engine._api
+            assert session.engine.threads == expected
+            assert api.llama_n_threads(context) == api.llama_n_threads_batch(context) == expected
+
+
 def test_text_of_the_files_own_tokenizer(files) -> None:
     with edge_mmllm.load(files["smollm2"], threads=2, context=512) as session:
         text = session.text
