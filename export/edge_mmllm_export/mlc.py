@@ -249,7 +249,7 @@ def _stored(t: MlcTensor, parts: tuple[Weight, ...], quant: Quantization) -> Sto
             Record(f"{t.stem}.q_scale", shapes[1], scales, -1, -1),
         )
         return StoredTensor(t, parts, records, quantized=True, transposed=transposed)
-    shape = t.shape or (rows, *parts[0].shape[1:])
+    shape = t.shape if t.shape is not None else (rows, *parts[0].shape[1:])
     record = Record(t.name, shape, _encoding(t, quant), -1, -1)
     return StoredTensor(t, parts, (record,))
 

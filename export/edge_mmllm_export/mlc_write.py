@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def index(files: MlcFiles, md5: list[str]) -> dict[str, Any]:
             records[r.shard].append(r)
     size = float(sum(r.memory_bytes for shard in records for r in shard))
     names = {w.name: w.size for t in files.tensors for w in t.parts}
+    names |= {t.tensor.name: math.prod(t.records[0].shape) for t in files.tensors if not t.parts}
     return {
         "metadata": {
             "ParamSize": sum(map(len, records)),
@@ -176,6 +178,8 @@ def _write_columns(descriptor: int, r: Record, rows: NDArray[Any], first: int) -
 def _whole(t: StoredTensor, checkpoint: Checkpoint) -> Float32:
     """The values of a small tensor, as they are stored."""
     shape, change = t.records[0].shape, t.tensor.change
+    if t.tensor.copied is not None:
+        return checkpoint.read(t.tensor.copied).reshape(shape)
     parts = [changed(w.rows(), change) for w in t.parts]
     if change == "transposed":
         return np.stack([part.T for part in parts]).reshape(shape)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
-from edge_mmllm.errors import UsageError
+from edge_mmllm.errors import UnsupportedArchitecture, UsageError
 from edge_mmllm.spec import Stage, StateSpec
 from edge_mmllm_export import mlc, mlc_compile
+from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
 from edge_mmllm_export.mlc_config import CONFIG, WORLD, chat_config, world_file
 from edge_mmllm_export.mlc_write import write
@@ -110,14 +111,22 @@ class MlcArtefact:
             "views": {name: asdict(view) for name, view in files.views.items()},
             **({"standalone": standalone} if standalone else {}),
         }
-        inputs = ["input_ids", "logit_rows"]
-        if any(s.kind == "kv" for s in self.states):
-            inputs.insert(1, "position")
-        file = next(iter(libraries.values()), INDEX)
+        return Written(self._stages(next(iter(libraries.values()), INDEX)), engine_format)
+
+    def _stages(self, file: str) -> dict[str, Stage]:
+        """All in one file: a library holds a function for each stage."""
+        model, out = self.job.model, dict[str, Stage]()
+        tokens = "input_ids"
+        if isinstance(model, Composite):
+            tokens = "inputs_embeds"
+            for stage in model.stage_definitions():
+                ports = tuple(port.name for port in stage.ports)
+                out[stage.name] = Stage(file, ports, (stage.output,))
+            out["embed"] = Stage(file, ("input_ids",), (tokens,))
+        grows = any(s.kind == "kv" for s in self.states)
+        inputs = (tokens, *(["position"] if grows else []), "logit_rows")
         in_place = tuple(s.name for s in self.states)
-        return Written(
-            {"decoder": Stage(file, tuple(inputs), ("logits",), in_place)}, engine_format
-        )
+        return out | {"decoder": Stage(file, inputs, ("logits",), in_place)}
 
 
 def targets(options: ExportOptions) -> tuple[str, ...]:
@@ -144,6 +153,14 @@ class MlcFormat:
     def layout(self, job: Job, options: ExportOptions) -> MlcArtefact:
         if options.inputs != "ids":
             raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
+        odd = {s.kind for s in job.model.states()} & {"cross_kv", "place"}
+        if odd:
+            raise UnsupportedArchitecture(
+                f"{job.model.name} cannot be written as MLC yet",
+                expected="a model without states that another stage fills, or places of its own",
+                found=f"states of kind {', '.join(sorted(odd))}",
+                fix="export with --format onnx",
+            )
         targets(options)
         quant = mlc.quantization(QuantPlan(), options.mlc_quant)
         return MlcArtefact(job, mlc.layout(job.model, job.weights, quant), options)

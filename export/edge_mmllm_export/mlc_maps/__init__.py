@@ -19,6 +19,7 @@ MLC_MAPS = {
     "olmo2": "llama:mlc_map",
     "rwkv5": "rwkv:rwkv5",
     "rwkv6": "rwkv:rwkv6",
+    "llava": "llava:llava",
 }
 
 
