@@ -35,7 +35,7 @@ from edge_mmllm_export.gguf_types import (
     symmetric,
 )
 from edge_mmllm_export.ops.base import Architecture
-from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
+from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import Weight
 
 #: The least type of a tensor that is held to so much.
@@ -176,10 +176,21 @@ class Wanted:
     overrides: tuple[tuple[str, Kind], ...] = ()
 
     def of(self, w: Weight) -> Kind | None:
-        """A matrix's type; None where it is for llama.cpp to choose."""
+        """A matrix's type; None where it is for llama.cpp to choose.
+
+        Raises: UsageError: a type of llama.cpp's for what it does not quantize.
+        """
+        beside = component(w.name) is not None
         for pattern, kind in reversed(self.overrides):
             if fnmatch.fnmatchcase(w.name, pattern):
+                if beside and kind not in PLAIN:
+                    raise UsageError(
+                        "llama.cpp quantizes the language model alone",
+                        where=w.name, expected=" | ".join(PLAIN), found=f"{pattern}={kind}",
+                    )  # fmt: skip
                 return kind
+        if beside and self.word in MIXES:
+            return _type(w.scheme, None)
         named = any(fnmatch.fnmatchcase(w.name, pattern) for pattern, _ in self.plan.overrides)
         named = named or (self.plan.embedding is not None and w.role in ("embedding", "head"))
         if self.word in MIXES:

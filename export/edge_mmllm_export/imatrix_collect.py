@@ -27,10 +27,12 @@ from edge_mmllm_export.models import build
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.ops.numpy import Array, NumpyOps
 from edge_mmllm_export.oracle import Oracle
-from edge_mmllm_export.weights import Weight, bind
+from edge_mmllm_export.weights import TILE_BYTES, Weight, bind
 
 #: Tokens in a piece; at most so many pieces by default: 10,000 tokens.
 CHUNK, CHUNKS = 512, 20
+#: RSS of the process before the first piece.
+_BASE_RAM = 110 << 20
 #: Characters read of a text for each token wanted: more than any tokenizer makes one of.
 _CHARACTERS = 16
 
@@ -86,6 +88,13 @@ class CollectingOps(NumpyOps):
                 self.sums[weight.name] += squares
                 self.counts[weight.name] += x.shape[0]
         return super().linear(x, *w, bias=bias)
+
+
+def ram_bytes(model: Architecture, weights: Mapping[str, Weight]) -> int:
+    """What `collect` takes at most: a piece's activations, a tile of weights and its product."""
+    widest = max((max(w.shape) for w in weights.values() if w.role == "matrix"), default=0)
+    chunk = min(CHUNK, model.context_length or CHUNK)
+    return _BASE_RAM + 10 * 4 * chunk * (widest + model.hidden_size) + 4 * TILE_BYTES
 
 
 def collect(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_llama_cpp
@@ -26,6 +27,7 @@ from edge_mmllm_export.gguf_layout import Wanted
 from edge_mmllm_export.imatrix import Entry, Imatrix
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
+from edge_mmllm_export.weights import Parameter, Source, Weight
 
 
 def options(kind="Q4_K_M", **more):
@@ -127,6 +129,17 @@ def test_overrides_that_are_wrong(source):
         ExportOptions(gguf_overrides=(("*", "Q6_K"),))
     with pytest.raises(UsageError, match="exclude each other"):
         options(imatrix="a", imatrix_text="b")
+
+
+def test_an_encoder_is_ours_to_write():
+    plan = ours.plan_for("Q4_K_M", QuantPlan())
+    p = Parameter("image.encoder.layers.0.attn.q", (64, 256))
+    w = Weight(p.name, p.shape, p.role, None, Source("x"), plan.of(p))
+    assert Wanted(plan, "Q4_K_M").of(w) == "Q8_0"
+    assert Wanted(plan, "Q4_K_M", (("image.*", "F16"),)).of(w) == "F16"
+    with pytest.raises(UsageError, match="the language model alone"):
+        Wanted(plan, "Q4_K_M", (("image.*", "Q6_K"),)).of(w)
+    assert Wanted(plan, "Q4_K_M").of(replace(w, name="layers.0.attn.q")) is None
 
 
 def test_without_llama_cpp(source, tmp_path, monkeypatch):

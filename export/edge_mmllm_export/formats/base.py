@@ -58,7 +58,7 @@ class Artefact(Protocol):
     Attributes:
         groups: bytes of the weights by role and scheme.
         size_bytes: of all files that it will write, those of passage included.
-        child_ram_bytes: memory of a process that it starts to write them; 0 where it starts none.
+        child_ram_bytes: memory of its costliest step besides tiles, a child's included; 0: none.
         context_length: the longest that the engine computes rightly; None = unbounded.
         states: the contract; empty where the engine keeps its states to itself.
         details: of `model.details`.

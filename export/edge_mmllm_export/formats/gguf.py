@@ -13,7 +13,7 @@ from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import Stage, StateSpec
-from edge_mmllm_export import gguf, gguf_mixes, gguf_mmproj
+from edge_mmllm_export import gguf, gguf_mixes, gguf_mmproj, imatrix_collect
 from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
 from edge_mmllm_export.gguf_layout import GgufFile, Wanted, layout_of
@@ -65,7 +65,10 @@ class GgufArtefact:
     def child_ram_bytes(self) -> int:
         if not self.file.word:
             return 0
-        return gguf_mixes.ram_bytes(max(t.written_bytes for t in self.file.tensors))
+        needs = gguf_mixes.ram_bytes(max(t.written_bytes for t in self.file.tensors))
+        if self.importance is not None:
+            needs = max(needs, imatrix_collect.ram_bytes(self.job.model, self.job.weights))
+        return needs
 
     @property
     def context_length(self) -> int | None:
