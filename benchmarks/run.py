@@ -28,6 +28,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "accuracy.py": (),
     "picture.py": (),
     "state.py": (),
+    "gguf_speed.py": (),
+    "constrained.py": (),
     "streaming.py": (),
 }
 QUICK: dict[str, tuple[str, ...]] = {
@@ -40,6 +42,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     "accuracy.py": ("--pictures", "100"),
     "picture.py": ("--runs", "1", "--rounds", "2", "--wait", "5"),
     "state.py": ("--runs", "5", "--only", "rwkv7-0.1b", "tiny-mamba2"),
+    "gguf_speed.py": ("--rounds", "3", "--restores", "5", "--only", "smollm2", "rwkv7-0.1b"),
+    "constrained.py": ("--answers", "10"),
     "streaming.py": ("--tokens", "100000", "--rounds", "5"),
 }
 
