@@ -81,6 +81,7 @@ class GgufFile:
         if not is_gguf(path):
             raise UsageError("the projector is no GGUF file", where=str(path))
         place = Path(path).resolve()
+        check_file(place)
         size = place.stat().st_size + self.path.stat().st_size
         told = try_file(place, size, gguf_native.trial(self.path, place))
         digest = hashlib.sha256(f"{self.sha256} {_identity((place,))}".encode())

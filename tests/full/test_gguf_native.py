@@ -102,7 +102,7 @@ def test_what_is_no_projector(llava, tmp_path):
     bad.write_bytes(projector.read_bytes()[:5000])
     for given, error, words in (
         (model, CorruptBundle, "cannot use"),
-        (bad, CorruptBundle, "cannot use"),
+        (bad, CorruptBundle, "beyond the file"),
         (LLAVA / "config.json", UsageError, "no GGUF file"),
     ):
         with pytest.raises(error, match=words):
