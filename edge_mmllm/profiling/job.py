@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from edge_mmllm import errors
 from edge_mmllm._children import python_command
 from edge_mmllm.errors import EdgeError, UsageError
 from edge_mmllm.profiling import limits as limits_
@@ -158,13 +157,19 @@ def error_to_json(error: EdgeError) -> dict[str, str | None]:
 
 def error_from_json(document: Mapping[str, Any]) -> EdgeError:
     """The error again, of the same type where this release knows it."""
-    kind = getattr(errors, str(document.get("type")), EdgeError)
-    if not (isinstance(kind, type) and issubclass(kind, EdgeError)):
-        kind = EdgeError
+    kind = _kinds(EdgeError).get(str(document.get("type")), EdgeError)
     made: EdgeError = EdgeError.__new__(kind)
     parts = {n: None if document.get(n) is None else str(document[n]) for n in _PARTS}
     EdgeError.__init__(made, str(document.get("what")), **parts)
     return made
+
+
+def _kinds(kind: type[EdgeError]) -> dict[str, type[EdgeError]]:
+    """The error tree by name, with what modules of their own added to it."""
+    found = {kind.__name__: kind}
+    for below in kind.__subclasses__():
+        found |= _kinds(below)
+    return found
 
 
 def _told(error: Exception, job: Job | None) -> EdgeError:

@@ -5,6 +5,8 @@ Skipped, and named, where there is no sshd or no paramiko.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -296,6 +298,178 @@ def test_what_the_device_lacks_is_said(server: Server, base_bundle: Path) -> Non
         remote_bench(server.url, base_bundle, FEW, server.options(python="/no/python"))
     with pytest.raises(UsageError, match="absolute"):
         remote_bench(server.url, base_bundle, FEW, server.options(root="here"))
+
+
+# -- the command line, as a process of its own ----------------------------------------------------
+
+
+class Proxy:
+    """A way to the server that can be cut.
+
+    Args:
+        port: of the server.
+        cut_after: bytes to the server after which the first connection is cut; None: by `cut` only.
+    """
+
+    def __init__(self, port: int, cut_after: int | None = None) -> None:
+        self._port, self._left = port, cut_after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.connections = 0
+        self._start(self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"ssh://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def _start(self, target: Any, *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self._listener.accept()
+            except OSError:
+                return
+            there = socket.create_connection(("127.0.0.1", self._port))
+            self.connections += 1
+            self._sockets += [here, there]
+            for a, b, counts in ((here, there, True), (there, here, False)):
+                self._start(self._pump, a, b, counts)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
+        try:
+            while data := source.recv(1 << 14):
+                if counts and self._left is not None:
+                    self._left -= len(data)
+                    if self._left < 0:
+                        self._left = None
+                        break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            _shut(end)
+
+    def cut(self) -> None:
+        """Ends every connection and takes no more."""
+        for end in (self._listener, *self._sockets):
+            _shut(end)
+
+    def close(self) -> None:
+        """Cuts, and gives everything back."""
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for end in (self._listener, *self._sockets):
+            end.close()
+
+
+def _shut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+def _command(server: Server, url: str, bundle: Path, *more: str, long: bool = False) -> list[str]:
+    """`edge-mmllm bench --target` in JSON; with the server's key unless another is named."""
+    counts = LONG if long else FEW
+    words = [sys.executable, "-m", "edge_mmllm", "bench", str(bundle), "--target", url, "--json"]
+    words += ["--identity", str(server.folder / "user"), "--remote-python", sys.executable]
+    words += ["--remote-root", str(server.folder / "device")]
+    for name in ("prompt_tokens", "new_tokens", "repetitions"):
+        words += ["--" + name.replace("_", "-"), str(counts[name])]
+    if "--host-key" not in more:
+        words += ["--host-key", str(server.folder / "host.pub")]
+    return [*words, *[word for word in more if word]]
+
+
+def _bench(command: list[str]) -> tuple[int, Any, str]:
+    """Status, the one document on stdout, stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@needs_sshd
+def test_the_command_line_there_and_back(
+    server: Server, base_bundle: Path, tmp_path: Path, cli: Any
+) -> None:
+    out = tmp_path / "results.jsonl"
+    command = _command(server, server.url, base_bundle, "--out", str(out))
+    status, told, said = _bench(command)
+    assert (status, told["status"]) == (0, "ok"), said
+    assert told["device"] == server.url
+    assert told["decode_tokens_per_s"] > 0
+    device = server.folder / "device"
+    _wait_none(device)
+    assert list((device / "runs").iterdir()) == []
+    known = (tmp_path / "config/edge-mmllm/known_hosts").read_text()
+    assert server.host_key.split()[1] in known
+    # The key is remembered, the results are those of any bench.
+    status, told, said = _bench(
+        [word for word in command if word not in ("--host-key", str(server.folder / "host.pub"))]
+    )
+    assert (status, told["status"]) == (0, "ok"), said
+    assert len(out.read_text().splitlines()) == 2
+    assert cli("report", out, "--html", tmp_path / "r.html").status == 0
+    assert server.url in (tmp_path / "r.html").read_text()
+
+
+@needs_sshd
+def test_the_command_line_refuses_host_keys(
+    server: Server, base_bundle: Path, tmp_path: Path
+) -> None:
+    _keygen(tmp_path / "other")
+    wrong = ("--host-key", str(tmp_path / "other.pub"))
+    for more, message in ((wrong, "is not the pinned one"), (("--host-key", ""), "is not known")):
+        command = _command(server, server.url, base_bundle, *more)
+        command = [word for word in command if word != "--host-key"] if not more[1] else command
+        status, told, _ = _bench(command)
+        assert status == 1
+        assert told["error"]["type"] == "HostKeyRefused"
+        assert message in told["error"]["what"]
+    assert not (server.folder / "device").exists()
+    assert "Accepted" not in (server.folder / "log").read_text()
+    assert not (tmp_path / "config/edge-mmllm/known_hosts").exists()
+
+
+@pytest.mark.full
+@needs_sshd
+def test_the_command_line_goes_on_after_a_cut(server: Server, base_bundle: Path) -> None:
+    with contextlib.closing(Proxy(server.port, cut_after=200_000)) as proxy:
+        status, told, said = _bench(_command(server, proxy.url, base_bundle))
+    assert (status, told["status"]) == (0, "ok"), said
+    assert proxy.connections == 2
+    _wait_none(server.folder / "device")
+
+
+@pytest.mark.full
+@needs_sshd
+@pytest.mark.parametrize("how", ["the device is gone", "the bench is killed", "Ctrl-C"])
+def test_the_command_line_ends_clearly(server: Server, base_bundle: Path, how: str) -> None:
+    device = server.folder / "device"
+    with contextlib.closing(Proxy(server.port)) as proxy:
+        child = subprocess.Popen(
+            _command(server, proxy.url, base_bundle, long=True),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        pid = _wait_for_child(device)
+        if how == "the device is gone":
+            proxy.cut()
+        elif how == "the bench is killed":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            child.send_signal(signal.SIGINT)
+        out, said = child.communicate(timeout=120)
+    _wait_none(device)
+    if how == "Ctrl-C":
+        assert child.returncode == 130, said
+        assert not out or "error" in json.loads(out)
+        return
+    assert child.returncode == 1, said
+    wanted = {"the bench is killed": "SIGKILL", "the device is gone": "connection"}[how]
+    assert wanted in out
 
 
 @pytest.mark.parametrize(
