@@ -329,6 +329,53 @@ def test_rwkv_as_mlc_llm_has_it(file, names, tmp_path):
         same("attention.time_decay", decay.astype(np.float32), 1e-7)
 
 
+#: Of `clip_vision.py`; mlc-llm quantizes none of it.
+TOWER = ("embeddings.class_embedding", "embeddings.patch_embedding.weight",
+         "embeddings.position_embedding.weight", "pre_layrnorm.weight", "pre_layrnorm.bias",
+         "post_layernorm.weight", "post_layernorm.bias")  # fmt: skip
+TOWER_LAYER = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj",
+               "layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2")  # fmt: skip
+
+
+def test_llava_as_mlc_llm_has_it(tmp_path):
+    source = ROOT / "tests/goldens/families/llava"
+    loaded, files = convert(source, tmp_path, "q4f16_1", workers=2)
+    assert files.map.stock
+    _, found = read(tmp_path)
+    checkpoint = open_checkpoint(source)
+    layers = checkpoint.config["vision_config"]["num_hidden_layers"]
+    tower = {f"vision_tower.vision_model.{name}" for name in TOWER} | {
+        f"vision_tower.vision_model.encoder.layers.{i}.{name}.{part}"
+        for i in range(layers) for name in TOWER_LAYER for part in ("weight", "bias")
+    }  # fmt: skip
+    quantized = {f"multi_modal_projector.linear_{i}" for i in (1, 2)}
+    plain = {f"{name}.bias" for name in quantized} | {"language_model.model.norm.weight"}
+    quantized |= {"language_model.model.embed_tokens", "language_model.lm_head"}
+    for i in range(loaded.model.layers):
+        for name in LLAMA:
+            whole = f"language_model.{LAYER.format(i=i)}.{name}"
+            (plain if name.endswith(".weight") else quantized).add(whole)
+    assert set(found) == tower | plain | {
+        f"{q}.{part}" for q in quantized for part in ("q_weight", "q_scale")
+    }
+    for name in tower:  # the last layer included, which our definition does not need
+        theirs = checkpoint.read(name.replace("vision_model.", ""))
+        np.testing.assert_array_equal(found[name], theirs.astype(np.float16), err_msg=name)
+    assert found["vision_tower.vision_model.embeddings.patch_embedding.weight"].ndim == 4
+    config = files.map.config
+    assert config["image_token_index"] == checkpoint.config["image_token_index"]
+    assert config["text_architecture"] == "LlamaForCausalLM"
+
+
+def test_another_llava_keeps_our_names(tmp_path):
+    loaded, files = convert(ROOT / "tests/goldens/families/llava-full-qwen2", tmp_path, "q4f16_1")
+    assert not files.map.stock
+    _, found = read(tmp_path)
+    for name, w in loaded.weights.items():
+        if name.startswith("image.") and w.role == "matrix":
+            assert found[name].dtype == np.float16
+
+
 @pytest.mark.parametrize(
     ("source", "quant"),
     [(n, q) for n in ("llama", "mamba2") for q in QUANTIZATIONS] + [("qwen2-window", "q4f16_0")],

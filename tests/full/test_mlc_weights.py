@@ -176,12 +176,17 @@ def _edge(*words: object) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("quant", [("--quant", "int4"), ("--mlc-quant", "q4f16_1")])
-def test_an_export_is_judged_by_its_library(quant: tuple[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = _edge(
-        "export", ROOT / "examples/models/tiny-mamba2", "--format", "mlc", *quant, "--out", out
-    )
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [("tiny-mamba2", ("--quant", "int4")), ("tiny-llava", ("--mlc-quant", "q4f16_1"))],
+)
+def test_an_export_is_judged_by_its_library(
+    name: str, quant: tuple[str, str], tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", ROOT / "examples/models" / name
+    done = _edge("export", source, "--format", "mlc", *quant, "--out", out)
+    assert done["architecture"] == {"tiny-mamba2": "mamba2", "tiny-llava": "llava"}[name]
+    assert ("image" in done["gate"]["figures"]) == (name == "tiny-llava")
     figures = done["gate"]["figures"]
     assert done["gate"]["verdict"] == "passed"
     assert figures["scheme"] == "int4"
