@@ -26,6 +26,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "quality.py": (),
     "protection.py": (),
     "accuracy.py": (),
+    "accuracy_gguf.py": (),
     "picture.py": (),
     "state.py": (),
     "gguf_speed.py": (),

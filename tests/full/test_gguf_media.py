@@ -238,6 +238,47 @@ def test_the_same_answers_as_onnx(tmp_path):
     assert len(set(answers["gguf"])) > 1
 
 
+def test_square_layers_and_features_of_two(tmp_path):
+    """mtmd takes up and down for one another where both are square; features stand side by side."""
+    source = tmp_path / "source"
+    shutil.copytree(FOLDER / "llava", source)
+    config = json.loads((source / "config.json").read_text())
+    wide = config["vision_config"]["hidden_size"]
+    config["vision_config"]["intermediate_size"] = wide
+    config["vision_feature_layer"] = [-3, -2]
+    (source / "config.json").write_text(json.dumps(config))
+    tensors, rng = load_file(source / "model.safetensors"), np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if "mlp.fc1." in name and "vision" in name:
+            shape[0] = wide
+        elif "mlp.fc2.weight" in name:
+            shape[1] = wide
+        elif name.endswith("linear_1.weight"):
+            shape[1] *= 2
+        if shape != list(tensor.shape):
+            tensors[name] = (rng.normal(size=shape) * 0.2).astype(tensor.dtype)
+    save_file(tensors, source / "model.safetensors")
+    options = ExportOptions(QuantPlan("f32"), format="gguf", gate=False)
+    exporter.export(source, tmp_path / "out", options)
+    loaded = load(source)
+    oracle = OracleStages(family_files.composite(loaded), loaded.weights, joined=True)
+    pixels = {"pixels": prepared(source)}
+    with edge_mmllm.load(tmp_path / "out", threads=1) as session:
+        found = session.engine.run_stage("encode_image", pixels)
+    expected = oracle.run_stage("encode_image", pixels)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def prepared(source: Path) -> np.ndarray:
+    """Pixels of a picture, as the checkpoint at `source` wants them."""
+    model = family_files.composite(load(source))
+    reader = reader_of("image")
+    settings = reader.settings(model.modalities()["image"].settings, "")
+    picture = golden("llava").media["image"][0]
+    return np.asarray(reader.prepare(picture, settings).runs[0]["pixels"])
+
+
 def thirty_seconds(folder: Path) -> Path:
     """The golden's Qwen2-Audio, for recordings as long as mtmd takes them."""
     byte_level(FOLDER / "qwen2-audio", folder)
