@@ -22,7 +22,7 @@ def gguf_map(model: Llama) -> GgufMap:
     c = model.config
     name = _NAMES.get(c.model_type, c.model_type)
     if isinstance(model, Qwen2Vl):
-        name = "qwen2vl"
+        name = "qwen2vl"  # whose norms have an epsilon of 0 in 0.3.36, whatever the file says
     _check(c, name)
     # llama.cpp has no sliding window in these graphs: right up to the window, so that far it goes.
     context = min([c.context_length, *(w for w in c.windows if w is not None)])
