@@ -182,6 +182,27 @@ def test_rounding_activations_costs_what_8_bits_cost() -> None:
     assert (np.abs(rounded(x, 32) @ w.T - x @ w.T) <= bound).all()
 
 
+def test_vnni_without_avx512() -> None:
+    """Its 256-bit form runs where AVX-512 has it too; for a CPU with AVX-VNNI alone it builds."""
+    random = np.random.default_rng(12)
+    packing, data, w = matrix(random, "q4f32_1", 40, 64)
+    x = random.standard_normal((9, 64)).astype(np.float32)
+    alder = tvm.target.Target({"kind": "llvm", "mcpu": "alderlake"})
+    assert Isa.of(alder) == Isa(8, "vnni256", True, 4)
+    product = linear.Product((packing,), (False,), (None,), Isa.of(alder))
+    kernel = linear.kernel(product)
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    assert "vpdpbusd" in tvm.compile(module, target=alder).mod.inspect_source("asm")
+    native = tvm.target.Target(
+        {"kind": "llvm", "mcpu": str(tvm.target.codegen.llvm_get_system_cpu())}
+    )
+    if Isa.of(native).dot != "vnni512":
+        pytest.skip("this machine has no AVX-512 VNNI")
+    (found,) = call(kernel, native, [x, data], [(9, 40)])
+    expected = rounded(x, 32).astype(np.float64) @ w.T
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
 def test_an_activation_joins_the_product_that_it_follows() -> None:
     """One of three products is read with its activation, one without, one both ways."""
     from tvm import relax, tirx

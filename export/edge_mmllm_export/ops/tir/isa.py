@@ -52,7 +52,7 @@ class Isa:
 
         triple = str(target.attrs.get("mtriple", ""))
         if triple.startswith(("aarch64", "arm")):
-            wide = triple.startswith("aarch64")
+            wide = triple.startswith(("aarch64", "arm64"))
             dot: Dot = "sdot" if wide and has("dotprod") else "generic"
             return Isa(4, dot, half=wide, tile=4, threads=threads)
         if has("avx512vnni", "avx512bw"):

@@ -20,6 +20,8 @@ from edge_mmllm_runtime.mlc_packing import ROWS, Packing
 
 #: States of a channel that are kept in registers and unrolled; more are looped over.
 _UNROLLED = 16
+#: Numbers of a state below which one token is over before another thread has begun.
+_PARALLEL_STATE = 8192
 
 
 def lanes_of(isa: Isa, width: int) -> int:
@@ -55,7 +57,8 @@ def selective_scan(d_inner: int, d_state: int, isa: Isa, *, seq: int | None) -> 
         skip = T.arg("skip", T.buffer((d_inner,), "float32"))
         state = T.arg("state", T.buffer((1, d_state, d_inner), "float32"))
         output = T.arg("output", T.buffer((count, d_inner), "float32"))
-        with (T.parallel if isa.threads else T.serial)(d_inner // n) as tile:
+        parallel = isa.threads and (seq is None or d_inner * d_state >= _PARALLEL_STATE)
+        with (T.parallel if parallel else T.serial)(d_inner // n) as tile:
             at = tile * n
             if d_state > _UNROLLED:
                 _scan_many(x, dt, b, c, decay, skip, state, output, packing, at, n, isa, count)
