@@ -39,6 +39,14 @@ def test_run_writes_what_fits(cli: Callable[..., Any], chat_bundle: Path, tmp_pa
     assert cli(*given, "--max-new-tokens", 3, "--json").json["constraint"] is None
 
 
+def test_a_byte_that_no_token_has(cli: Callable[..., Any], chat_bundle: Path) -> None:
+    schema = json.dumps({k: v for k, v in json.loads(SCHEMA).items() if k != "x-guidance"})
+    done = cli("run", chat_bundle, "--prompt", "Hello", "--json-schema", schema)
+    assert done.status == 1
+    assert "cannot be followed any further" in done.stderr
+    assert "<state>" not in done.stderr
+
+
 def test_chat_keeps_to_it_each_turn(cli: Callable[..., Any], chat_bundle: Path) -> None:
     done = cli("chat", chat_bundle, "--choice", "tea", "--choice", "rain", stdin="Hi\nAnd now?\n")
     assert done.status == 0

@@ -199,9 +199,17 @@ def test_a_guide_goes_on_from_the_middle(session) -> None:
         guide.after(list(b'{"nope'))
 
 
+def test_what_is_forced_is_no_part_of_the_prompts_time(session) -> None:
+    stream = session.generate_tokens(list(b"hello"), constraint=Constraint.of(regex="[ab]c{9}[ab]"))
+    next(stream)
+    before = session.perception.timings.prefill_ms
+    assert len(list(stream)) == 10
+    assert session.perception.timings.prefill_ms == before > 0
+
+
 def test_another_use_of_the_session_ends_it(session) -> None:
     stream = session.generate_tokens(list(b"hello"), constraint=Constraint.of(regex="a{9}"))
-    next(stream)
+    assert [next(stream), next(stream), next(stream)] == [97, 97, 97]
     session.prefill([1])
     with pytest.raises(UsageError, match="something else"):
         next(stream)
