@@ -49,38 +49,52 @@ def quantize(
         found = blocks.quantize(rows, Scheme(4, quant.group))
         # (q - 8) s = (15 - q - 7) (-s)
         return _packed(15 - found.q.reshape(n, -1), quant), -found.scale
-    groups = quant.groups(k)
-    padded = np.zeros((n, groups * quant.group), np.float32)
-    padded[:, :k] = half(rows) if quant.half else rows
-    flat = padded.reshape(n * groups, quant.group)
-    codes = np.empty(flat.shape, np.uint8)
+    groups, short = quant.groups(k), k % quant.group
+    if short:
+        rows = np.pad(rows, ((0, 0), (0, quant.group - short)))
+    flat = rows.reshape(n * groups, quant.group)
+    words = np.empty((n * groups, quant.group // quant.a_word), np.uint32)
     scale = np.empty(n * groups, np.float32)
     step = max(1, _PIECE // quant.group)
     for start in range(0, len(flat), step):
         piece = slice(start, start + step)
-        codes[piece], scale[piece] = _codes(flat[piece], quant)
-    if short := k % quant.group:
-        codes.reshape(n, groups, quant.group)[:, -1, short:] = 0
-    return _packed(codes.reshape(n, -1), quant), scale.reshape(n, groups)
+        # One group a column, so that every reduction runs along contiguous memory.
+        columns, scale[piece] = _words(np.ascontiguousarray(flat[piece].T), quant)
+        words[piece] = columns.T
+    words = words.reshape(n, groups, -1)
+    if short:
+        kept = np.zeros((1, quant.group), np.uint8)
+        kept[:, :short] = (1 << quant.bits) - 1
+        words[:, -1] &= _packed(kept, quant)
+    return words.reshape(n, -1), scale.reshape(n, groups)
 
 
-def _codes(w: Float32, quant: Quantization) -> tuple[NDArray[np.uint8], Float32]:
+def _words(w: Float32, quant: Quantization) -> tuple[UInt32, Float32]:
+    """Groups `(group, n)` -> words `(words, n)`, scales `(n,)`. Raises: ExportError."""
     zero = np.float32(quant.zero)
-    scale = np.abs(w).max(axis=1) / zero
+    if quant.half:
+        w = half(w)
+    scale = np.maximum(w.max(axis=0), -w.min(axis=0)) / zero
     if quant.half:
         scale = scale.astype(np.float16).astype(np.float32)
     # A scale that float16 rounds to 0 makes infinities, and 0 / 0: the code of that is 0.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        x = w / scale[:, None]
+        x = w / scale
     if quant.half:
         _round_to_half(x)
     x += zero
     if quant.half:
         _round_to_half(x)
     np.rint(x, out=x)
-    np.clip(x, 0, 2 * zero, out=x)
-    np.nan_to_num(x, copy=False, nan=0)
-    return x.astype(np.uint8), scale
+    np.minimum(x, 2 * zero, out=x)
+    np.maximum(x, 0, out=x)
+    if not scale.all():
+        np.nan_to_num(x, copy=False, nan=0)
+    codes = x.astype(np.uint32).reshape(-1, quant.a_word, w.shape[1])
+    words = codes[:, 0]
+    for i in range(1, quant.a_word):
+        words |= codes[:, i] << np.uint32(i * quant.bits)
+    return words, scale
 
 
 def _round_to_half(x: Float32) -> None:
