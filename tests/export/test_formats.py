@@ -38,7 +38,12 @@ def test_the_exporter_imports_without_any_format() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "others"), [("onnx", "gguf,tvm"), ("gguf", "onnx,onnxruntime,tvm")]
+    ("name", "others"),
+    [
+        ("onnx", "gguf,tvm"),
+        ("gguf", "onnx,onnxruntime,tvm"),
+        ("mlc", "onnx,onnxruntime,gguf,safetensors,tvm"),
+    ],
 )
 def test_a_format_needs_no_other(name: str, others: str) -> None:
     done = _import(others, *EXPORTER, f"formats.{name}")
