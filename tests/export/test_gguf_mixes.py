@@ -277,3 +277,18 @@ def _zombie(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("*.down=Q6_K", "Q6_K"),
+        ("*.down=q6_k", "Q6_K"),
+        ("*.down=F16", "F16"),
+        ("*.down=f16", None),
+        ("*.down=int8", None),
+        ("Q6_K", None),
+    ],
+)
+def test_overrides_of_the_command_line(text, kind):
+    assert cli._gguf_kind(text) == kind
