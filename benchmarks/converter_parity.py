@@ -106,7 +106,11 @@ def compare(
     out, theirs = scratch / "out", scratch / "theirs.gguf"
     options = ("--format", "gguf", "--gguf-type", kind, "--gate", "off")
     options += () if vocabulary else ("--tokenizer", "none")
-    artefacts.run(artefacts.export_command(source, out, *options))
+    try:
+        artefacts.run(artefacts.export_command(source, out, *options))
+    except RuntimeError as error:
+        why = str(error).partition("error: ")[2].splitlines()[0]
+        return [name, kind, "-", "-", f"ours refuses it: {why}"]
     command = peer_convert.command(arguments.peers, script, source, theirs, kind.lower())
     if not vocabulary:
         command = [command[0], "-c", _DRIVER, str(script.parent), *command[2:]]

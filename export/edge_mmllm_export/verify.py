@@ -71,7 +71,7 @@ class Thresholds:
 THRESHOLDS = {
     "f32": Thresholds(1e-5, 1e-4, 1.0, 1e-3, 1e-5),
     "f16": Thresholds(1e-3, 1e-2, 0.99, 5e-3, 1e-5),
-    "bf16": Thresholds(1e-3, 1e-2, 0.98, 5e-3, 1e-3),
+    "bf16": Thresholds(1e-3, 1e-2, 0.98, 5e-3, 5e-4),
     "int8": Thresholds(0.02, 0.15, 0.97, 0.03, 0.03),
     "int4": Thresholds(0.8, 4.0, 0.65, 0.6, 0.03),
     # MLC's q3 gives 0.7 (tiny-rwkv7) to 1.4 nats (tiny-mamba2), llama.cpp's Q3_K less.
