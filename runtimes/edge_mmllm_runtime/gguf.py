@@ -34,7 +34,7 @@ from edge_mmllm_runtime.gguf_check import check_file
 from edge_mmllm_runtime.gguf_exact import GatedGelus
 from edge_mmllm_runtime.gguf_places import STREAMS, TOKEN_BYTES, Places
 from edge_mmllm_runtime.gguf_stages import Stages
-from edge_mmllm_runtime.llama import Model, encode, log
+from edge_mmllm_runtime.llama import Model, bytes_of, encode, floats_of, log
 from edge_mmllm_runtime.prompted import Prompted, parts
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class GgufEngine:
         for start, part in parts(chunk, BATCH):
             count = len(part)
             if part.dtype == np.float32:
-                self._batch.token, self._batch.embd = None, _floats(part)
+                self._batch.token, self._batch.embd = None, floats_of(part)
             else:
                 self._tokens[:count] = part
                 self._batch.token, self._batch.embd = self._token_pointer, None
@@ -382,7 +382,7 @@ class GgufEngine:
         body = size - _HEADER.size - own.size
         state[size - own.size :] = own
         written = self._api.llama_state_seq_get_data(
-            self._context, _bytes(state[_HEADER.size :]), body, 0
+            self._context, bytes_of(state[_HEADER.size :]), body, 0
         )
         if written != body:
             raise SessionError("llama.cpp did not give its states", found=str(log))
@@ -434,7 +434,7 @@ class GgufEngine:
                 self._standing.load(body[cut:], position)
                 body = body[:cut]
             log.restart()
-            if not self._api.llama_state_seq_set_data(self._context, _bytes(body), body.size, 0):
+            if not self._api.llama_state_seq_set_data(self._context, bytes_of(body), body.size, 0):
                 raise SessionError("llama.cpp refuses the states", found=str(log))
         self._lost, self._filled = False, position
 
@@ -492,11 +492,3 @@ class GgufEngine:
         if hasattr(self, "_stages"):
             self._stages.close()
         self.model.close()
-
-
-def _floats(array: NDArray[Any]) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-
-
-def _bytes(array: NDArray[np.uint8]) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

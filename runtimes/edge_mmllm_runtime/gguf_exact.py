@@ -18,6 +18,8 @@ import numpy as np
 from edge_mmllm.errors import SessionError
 from edge_mmllm_runtime.engine import Float32
 
+#: Steps that only look at a result in another way.
+VIEWS = (b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT")
 #: How far the table's values may lie from exact ones, as a share of the largest.
 NEAR_TABLE = 3e-3
 

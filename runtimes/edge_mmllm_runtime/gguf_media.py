@@ -35,6 +35,7 @@ from edge_mmllm_runtime import gguf_sound
 from edge_mmllm_runtime.engine import Float32
 from edge_mmllm_runtime.gguf_exact import (
     EXACT,
+    VIEWS,
     GgufParams,
     description,
     ggml,
@@ -56,7 +57,6 @@ _IMAGE, _SOUND = 1, 2
 #: Types of tensors that are read here.
 _TYPES = {0: "<f4", 1: "<f2"}
 _GELUS = (b"GELU", b"GELU_QUICK")
-_VIEWS = (b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE", b"CONT")
 #: How far sums of products of float16 numbers may lie from exact ones, as a share of the largest.
 _NEAR_SUMS = 1e-2
 
@@ -91,7 +91,7 @@ class Projector:
         self._failure: Exception | None = None
         self._embedded: list[Float32] = []
         self._before = b""
-        self._sound: _Sound | None = None
+        self._sound: gguf_sound.Sound | None = None
         params = self._api.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup = False, False, False
         params.n_threads, params.flash_attn_type = threads, 0  # flash attention rounds to float16
@@ -175,7 +175,9 @@ class Projector:
         """What the stages make of a recording, of which `frames` hold sound."""
         layout = self._spec.modalities["audio"].layout
         valid = -(-frames // int(layout["stride"]))
-        self._sound = _Sound(gguf_sound.convolved(mel, self._small), mel.shape[1] // 2, valid)
+        self._sound = gguf_sound.Sound(
+            gguf_sound.convolved(mel, self._small), mel.shape[1] // 2, valid
+        )
         silence = np.zeros(gguf_sound.SAMPLES, np.float32)
         data = silence.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         bitmaps = (ctypes.c_void_p * 1)()
@@ -259,7 +261,7 @@ class Projector:
         own = self._small.get(_CLASS)
         if ask:
             before = self._before
-            if step not in _VIEWS:
+            if step not in VIEWS:
                 self._before = step
             if step == b"MUL_MAT":
                 return before == b"IM2COL"
@@ -284,35 +286,6 @@ class Projector:
         context, self._context = self._context, None
         if context:
             self._api.mtmd_free(context)
-
-
-class _Sound:
-    """One recording on its way through the graph.
-
-    Args:
-        convolved: what the second convolution gives, see `gguf_sound`.
-        positions, valid: rows, and how many of them hold sound.
-    """
-
-    def __init__(self, convolved: Float32, positions: int, valid: int) -> None:
-        self._convolved, self._positions, self._valid = convolved, positions, valid
-        self._before, self._products = b"", 0
-
-    def between(self, tensor: int, step: bytes, ask: bool) -> bool:
-        """See `Projector._between`."""
-        if ask:
-            before, self._before = self._before, self._before if step in _VIEWS else step
-            if step == b"MUL_MAT" and before == b"IM2COL":
-                self._products += 1
-                return self._products == 2
-            return step == b"SOFT_MAX" and self._valid < self._positions
-        if step == b"SOFT_MAX":
-            gguf_sound.look_away(tensor, self._positions, self._valid)
-        elif tensor_values(tensor).size == self._convolved.size:
-            set_tensor(tensor, self._convolved)
-        else:
-            raise SessionError("mtmd's convolutions of sound have another shape")
-        return True
 
 
 @cache

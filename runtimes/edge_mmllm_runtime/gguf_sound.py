@@ -13,8 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_mmllm.errors import SessionError
 from edge_mmllm_runtime.engine import Float32
-from edge_mmllm_runtime.gguf_exact import gelu, ggml
+from edge_mmllm_runtime.gguf_exact import VIEWS, gelu, ggml, set_tensor, tensor_values
 
 #: Tensors of the file that are needed on this side.
 TENSORS = tuple(f"a.conv1d.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias"))
@@ -55,3 +56,32 @@ def look_away(tensor: int, positions: int, valid: int) -> None:
         rows[:, valid:] = 0
         rows /= rows.sum(axis=1, keepdims=True)
         ggml().ggml_backend_tensor_set(tensor, rows.ctypes.data, offset, rows.nbytes)
+
+
+class Sound:
+    """One recording on its way through the graph.
+
+    Args:
+        convolved: what the second convolution gives, see `convolved`.
+        positions, valid: rows, and how many of them hold sound.
+    """
+
+    def __init__(self, convolved: Float32, positions: int, valid: int) -> None:
+        self._convolved, self._positions, self._valid = convolved, positions, valid
+        self._before, self._products = b"", 0
+
+    def between(self, tensor: int, step: bytes, ask: bool) -> bool:
+        """See `Projector._between`."""
+        if ask:
+            before, self._before = self._before, self._before if step in VIEWS else step
+            if step == b"MUL_MAT" and before == b"IM2COL":
+                self._products += 1
+                return self._products == 2
+            return step == b"SOFT_MAX" and self._valid < self._positions
+        if step == b"SOFT_MAX":
+            look_away(tensor, self._positions, self._valid)
+        elif tensor_values(tensor).size == self._convolved.size:
+            set_tensor(tensor, self._convolved)
+        else:
+            raise SessionError("mtmd's convolutions of sound have another shape")
+        return True

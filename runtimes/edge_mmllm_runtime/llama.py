@@ -71,6 +71,16 @@ def library() -> Any:
     return api
 
 
+def floats_of(array: NDArray[Any]) -> Any:
+    """The C pointer to a float32 array, which must live as long as it is used."""
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def bytes_of(array: NDArray[np.uint8]) -> Any:
+    """The same of bytes."""
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
 def encode(api: Any, context: Any, ids: NDArray[np.int32]) -> int:
     """Has the encoder of a model read ids; llama.cpp's status, 0 where it went well."""
     batch = api.llama_batch_init(len(ids), 0, 1)
