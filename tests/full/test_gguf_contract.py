@@ -75,7 +75,7 @@ from test_state_files import (  # noqa: E402, F401
     test_every_other_length_is_found,
 )
 
-from edge_mmllm.errors import ContextFull, StateMismatch  # noqa: E402
+from edge_mmllm.errors import ContextFull, SessionError, StateMismatch  # noqa: E402
 from edge_mmllm.spec import ModelSpec  # noqa: E402
 
 
@@ -185,6 +185,48 @@ def toy(made: GgufToy, monkeypatch) -> GgufToy:
 
     monkeypatch.setattr(test_context, "close_to", close)
     return made
+
+
+def test_a_cache_that_grows_step_by_step(toy, monkeypatch) -> None:
+    from edge_mmllm_runtime import gguf
+
+    monkeypatch.setattr(gguf, "FIRST_CONTEXT", 8)
+    ids = test_context.IDS
+    expected = toy.reference(ids)
+    with toy.session() as session:
+        found = np.stack([session.decode(int(i)) for i in ids])
+        assert test_context.close_to(found, expected)
+        session.reset()
+        session.prefill(ids[:6])
+        mixed = [session.decode(int(i)) for i in ids[6:20]]
+        session.prefill(ids[20:70])
+        mixed += [session.decode(int(i)) for i in ids[70:]]
+        assert test_context.close_to(mixed[-1], expected[-1])
+
+
+def test_a_failed_run_leaves_the_state_or_says_it_is_lost(toy, monkeypatch) -> None:
+    ids = test_context.IDS
+    with toy.session() as session:
+        session.prefill(ids[:10])
+        decode, calls = session.engine._decode, []
+
+        def fail(*given):
+            decode(*given)
+            calls.append(1)
+            return -3
+
+        monkeypatch.setattr(session.engine, "_decode", fail)
+        with pytest.raises(SessionError, match=r"llama\.cpp failed"):
+            session.decode(int(ids[10]))
+        monkeypatch.undo()
+        if toy.spec.context_length is None:
+            with pytest.raises(SessionError, match="lost"):
+                session.decode(int(ids[10]))
+            session.reset()
+            session.prefill(ids[:10])
+        found = session.prefill(ids[10:])
+        assert np.abs(found - toy.reference(ids)[-1]).max() <= 2e-4 * np.abs(found).max()
+        assert calls
 
 
 def test_a_damaged_snapshot_is_refused_whole(toy) -> None:
