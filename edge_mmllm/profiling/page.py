@@ -10,29 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_mmllm.profiling import charts
-from edge_mmllm.profiling.charts import Bar, Line, Point, text
-from edge_mmllm.profiling.profiler import PHASES
-from edge_mmllm.profiling.results import Result, as_number, numbers
-from edge_mmllm.profiling.stats import percentile
+from edge_mmllm.profiling.charts import text
+from edge_mmllm.profiling.figures import Bars, Figure, Lines, Stacked, figures
+from edge_mmllm.profiling.results import Result, as_number
 from edge_mmllm.profiling.view import (
     COLUMNS,
     chosen,
     devices,
     gates,
     grouped,
-    label,
     names,
     noisy,
-    pareto,
-    phases,
-    quality,
-    with_media,
 )
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-#: Less than this is rounding of float32, which no chart needs to tell apart.
-_NO_LOSS = 1e-6
-_LIGHT = ["2f6db5", "c2491d", "23805a", "8250b8", "8f6a00", "0b7f92", "b03a6f", "5b6670"]
+#: Colours of bundles and parts, on light and on dark.
+LIGHT = ["2f6db5", "c2491d", "23805a", "8250b8", "8f6a00", "0b7f92", "b03a6f", "5b6670"]
 _DARK = ["7fb3ee", "f2925c", "6fcf9b", "c3a0ea", "e0b84a", "5fcfe0", "ee8fb8", "aab4be"]
 
 
@@ -42,7 +35,7 @@ def _colours(values: Sequence[str]) -> str:
 
 _STYLE = (
     f":root{{color-scheme:light dark;--bg:#fff;--fg:#1c2126;--soft:#5b6670;--line:#d9dee3;"
-    f"--card:#f5f7f9;{_colours(_LIGHT)}}}"
+    f"--card:#f5f7f9;{_colours(LIGHT)}}}"
     f"@media(prefers-color-scheme:dark){{:root{{--bg:#14181c;--fg:#e6eaee;--soft:#a5b0ba;"
     f"--line:#39424b;--card:#1d2329;{_colours(_DARK)}}}}}"
     + "".join(
@@ -83,23 +76,7 @@ img{max-width:100%;height:8rem;image-rendering:pixelated}
 def page(title: str, results: Sequence[Result], extra: Sequence[str] = ()) -> str:
     """The whole page. `extra`: HTML that is safe already, put at its end."""
     known = names(results)
-    colours = {name: i for i, name in enumerate(known)}
     shown = chosen(results)
-    figures = [
-        figure
-        for figure in (
-            _decode(shown, colours),
-            _prefill(shown, colours),
-            _phases(shown),
-            _latency(shown, colours),
-            _memory_parts(shown),
-            _memory_over_time(shown, colours),
-            _against_context(results, colours),
-            _pareto(shown, colours),
-            _throttling(results, colours),
-        )
-        if figure
-    ]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -110,7 +87,7 @@ def page(title: str, results: Sequence[Result], extra: Sequence[str] = ()) -> st
         "repetitions; each row of the table names the line of the file that it stands in."
         f"{_shown_test(shown)}</p>",
         _warning(results),
-        f"<div class='charts'>{''.join(figures)}</div>",
+        f"<div class='charts'>{''.join(map(_figure, figures(results)))}</div>",
         _gates(results),
         _devices(results),
         "<h2>All figures</h2>",
@@ -142,12 +119,27 @@ def table(
     )
 
 
-def _figure(title: str, about: str, svg: str, *, after: str = "") -> str:
-    if not svg:
-        return ""
+def _svg(figure: Figure) -> str:
+    chart, title = figure.chart, figure.heading
+    if isinstance(chart, Bars):
+        return charts.bars(title, chart.rows, chart.unit)
+    if isinstance(chart, Stacked):
+        return charts.stacked(title, chart.rows, chart.unit)
+    if isinstance(chart, Lines):
+        return charts.lines(title, chart.x_title, chart.y_title, chart.series, marks=chart.marks,
+                            log_x=chart.log_x)  # fmt: skip
+    return charts.scatter(title, chart.x_title, chart.y_title, chart.points, chart.fronts)
+
+
+def _figure(figure: Figure) -> str:
+    legend = charts.legend(figure.legend, dashed=isinstance(figure.chart, Lines))
+    told = figure.table
+    more = "" if told is None else table(told.caption, told.heads, told.rows)
     return (
-        f"<figure><figcaption>{text(title)}<span>{text(about)}</span></figcaption>"
-        f"{svg}{after}</figure>"
+        f"<figure><figcaption>{text(figure.title)}<span>{text(figure.about)}</span></figcaption>"
+        f"{_svg(figure)}{legend if figure.legend else ''}"
+        + (f"<details><summary>Figures</summary>{more}</details>" if more else "")
+        + "</figure>"
     )
 
 
@@ -177,200 +169,6 @@ def _noise(results: Sequence[Result]) -> str:
         return ""
     told = table("Noisy runs", ("bundle", "test", "why", "line"), rows, words=(2,))
     return f"<details><summary>Noisy runs ({len(rows)})</summary>{told}</details>"
-
-
-def _rate_bars(
-    field: str, title: str, about: str, shown: Sequence[Result], colours: dict[str, int]
-) -> str:
-    rows = []
-    for r in shown:
-        value = r.number(field)
-        if value is None or value <= 0:
-            continue
-        ends = numbers(r.record.get(f"{field}_ci95"))
-        low, high = ends if len(ends) == 2 else (None, None)
-        rows.append(Bar(label(r, of=shown), value, colours[r.name], low, high, f" ({r.source})"))
-    if charts.wide([row.value for row in rows]):
-        about += "; a logarithmic axis"
-    return _figure(title, about, charts.bars(title, rows, "tokens/s") if rows else "")
-
-
-def _decode(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    about = "tokens/s, more is better; whiskers: 95 % interval of the median"
-    return _rate_bars("decode_tokens_per_s", "Decode", about, shown, colours)
-
-
-def _prefill(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    about = "tokens of the prompt over the time to the first token, more is better"
-    return _rate_bars("prefill_tokens_per_s", "Prefill", about, shown, colours)
-
-
-def _phases(shown: Sequence[Result]) -> str:
-    rows, seen = [], set()
-    for r in shown:
-        parts = [(p, PHASES.index(p), v) for p, v in phases(r)]
-        seen |= {p for p, _, _ in parts}
-        if parts:
-            rows.append((f"{label(r, of=shown)}: {r.text('new_tokens')} tokens", parts))
-    used = [p for p in PHASES if p in seen]
-    legend = charts.legend([(p, PHASES.index(p)) for p in used])
-    cells = []
-    for name, parts in rows:
-        told = {phase: value for phase, _, value in parts}
-        cells.append((name, *[charts.number(told[p]) if p in told else "" for p in used]))
-    title = "Phases of one answer"
-    more = _details(table(title, ("bundle", *[f"{p} ms" for p in used]), cells))
-    svg = charts.stacked(title, rows, "ms") if rows else ""
-    about = "one answer, from the prompt to the last token; median of each phase"
-    return _figure("Where the time goes", about, svg, after=legend + more)
-
-
-def _details(inside: str) -> str:
-    return f"<details><summary>Figures</summary>{inside}</details>"
-
-
-def _latency(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    series, cells = [], []
-    for r in shown:
-        values = [v for v in numbers(r.record.get("itl_ms_values")) if v > 0]
-        if len(values) < 5:
-            continue
-        points = [(percentile(values, p), float(p)) for p in (*range(0, 100, 5), 97, 99, 100)]
-        series.append(Line(label(r, of=shown), points, colours[r.name]))
-        cells.append((r.name, *[f"{percentile(values, p):.2f}" for p in (50, 90, 99, 100)]))
-    if not series:
-        return ""
-    svg = charts.lines("Time between two tokens", "ms between two tokens", "% of the tokens",
-                       series, marks=False, log_x=True)  # fmt: skip
-    legend = charts.legend([(s.label, s.colour) for s in series], dashed=True)
-    rows = table("Time between two tokens, ms", ("bundle", "p50", "p90", "p99", "longest"), cells)
-    more = _details(rows)
-    about = "share of the tokens that came within so many ms: steep is steady, left is fast"
-    return _figure("Latency", about, svg, after=legend + more)
-
-
-_MEMORY = (
-    ("runtime", ("memory", "runtime_bytes")),
-    ("weights, mapped", ("memory", "weights_resident_bytes")),
-    ("weights, packed", ("memory", "packed_bytes")),
-    ("state", ("memory", "state_bytes")),
-    ("tokenizer", ("memory", "tokenizer_bytes")),
-    ("scratch", ("memory", "scratch_bytes")),
-)
-
-
-def _memory_parts(shown: Sequence[Result]) -> str:
-    rows, cells = [], []
-    for r in shown:
-        found = [(n, i, r.number(*path)) for i, (n, path) in enumerate(_MEMORY)]
-        parts = [(n, i, v / 1e6) for n, i, v in found if v]
-        if r.table("memory") and parts:
-            rows.append((label(r, of=shown), parts))
-            peak = r.number("peak_rss_bytes")
-            shown_parts = ["" if v is None else f"{v / 1e6:.1f}" for _, _, v in found]
-            cells.append((r.name, *shown_parts, "" if peak is None else f"{peak / 1e6:.1f}"))
-    if not rows:
-        return ""
-    svg = charts.stacked("Memory by what it holds", rows, "MB")
-    legend = charts.legend([(n, i) for i, (n, _) in enumerate(_MEMORY)])
-    heads = ("bundle", *[f"{n} MB" for n, _ in _MEMORY], "peak RSS MB")
-    rows_ = table("Memory by what it holds", heads, cells)
-    more = _details(rows_)
-    about = "of the process, at the end; the parts need not add up to the peak"
-    return _figure("Memory", about, svg, after=legend + more)
-
-
-def _curve(points: Sequence[object], column: int, factor: float) -> list[tuple[float, float]]:
-    found = []
-    for point in points:
-        row = point if isinstance(point, list) else []
-        if len(row) > column:
-            x, y = as_number(row[0]), as_number(row[column])
-            if x is not None and y is not None:
-                found.append((x, y * factor))
-    return found
-
-
-def _memory_over_time(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    series = [
-        Line(label(r, of=shown), points, colours[r.name])
-        for r in shown
-        if len(points := _curve(r.rows("memory_over_time", "points"), 1, 1e-6)) > 1
-    ]
-    if not series:
-        return ""
-    svg = charts.lines("Memory over time", "seconds", "RSS in MB", series, marks=False)
-    legend = charts.legend([(s.label, s.colour) for s in series], dashed=True)
-    return _figure("Memory over time", "from before the load to the last repetition", svg,
-                   after=legend)  # fmt: skip
-
-
-def _against_context(results: Sequence[Result], colours: dict[str, int]) -> str:
-    lines: dict[tuple[str, str], dict[float, float]] = {}
-    for r in grouped(results):
-        tokens, rate = r.number("prompt_tokens"), r.number("decode_tokens_per_s")
-        tokens = r.number("depth") if tokens is None else tokens
-        if not r.failed and tokens and rate and not with_media(r):
-            lines.setdefault((r.name, r.text("threads")), {})[tokens] = rate
-    several = len({threads for _, threads in lines}) > 1
-    series = [
-        Line(
-            f"{name}, {threads} threads" if several else name, sorted(points.items()), colours[name]
-        )
-        for (name, threads), points in lines.items()
-        if len(points) > 1
-    ]
-    if not series:
-        return ""
-    svg = charts.lines("Speed against context", "tokens before", "decode tokens/s", series,
-                       log_x=True)  # fmt: skip
-    legend = charts.legend([(s.label, s.colour) for s in series], dashed=True)
-    return _figure("Speed against context", "decode after a prompt of so many tokens", svg,
-                   after=legend)  # fmt: skip
-
-
-def _pareto(shown: Sequence[Result], colours: dict[str, int]) -> str:
-    points, losses, what = [], list[float](), ""
-    models: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for r in shown:
-        told, size = quality(r), r.number("size_bytes")
-        if told is not None and size:
-            what = told[0]
-            drawn = max(told[1], _NO_LOSS)
-            points.append(Point(r.name, size / 1e6, drawn, colours[r.name]))
-            losses.append(told[1])
-            model = (r.text("architecture"), r.text("parameters"))
-            models.setdefault(model, []).append((size / 1e6, drawn))
-    if len(points) < 2:
-        return ""
-    fronts = [front for values in models.values() if len(front := pareto(values)) > 1]
-    svg = charts.scatter("Quality against size", "bundle in MB", f"{what}, less is better", points,
-                         fronts)  # fmt: skip
-    about = "what the quality gate lost against the model in float32; dashed: the Pareto front of "
-    about += "the bundles of one model"
-    if min(losses) < _NO_LOSS:
-        about += f"; what is below {_NO_LOSS:g} is drawn there"
-    rows = [
-        (p.label, charts.number(p.x), charts.number(loss))
-        for p, loss in zip(points, losses, strict=True)
-    ]
-    more = _details(table("Quality against size", ("bundle", "MB", what), rows))
-    legend = charts.legend([(p.label, p.colour) for p in points])
-    return _figure("Quality against size", about, svg, after=legend + more)
-
-
-def _throttling(results: Sequence[Result], colours: dict[str, int]) -> str:
-    longest = {r.name: r for r in results if len(r.rows("sustained", "points")) > 1}  # the last
-    series = [
-        Line(r.name, _curve(r.rows("sustained", "points"), 1, 1), colours[r.name])
-        for r in grouped(list(longest.values()))
-    ]
-    if not series:
-        return ""
-    svg = charts.lines("Throughput over time", "seconds", "decode tokens/s", series, marks=False)
-    legend = charts.legend([(s.label, s.colour) for s in series], dashed=True)
-    return _figure("Throttling", "decode without a pause: a falling line is a device that grows "
-                   "too hot", svg, after=legend)  # fmt: skip
 
 
 def _figures(results: Sequence[Result]) -> str:

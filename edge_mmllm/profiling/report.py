@@ -29,6 +29,7 @@ def report(
     *,
     html: str | os.PathLike[str] | None = None,
     markdown: str | os.PathLike[str] | None = None,
+    png: str | os.PathLike[str] | None = None,
     title: str = TITLE,
 ) -> list[Result]:
     """Reads files of results and writes what is asked for.
@@ -36,12 +37,14 @@ def report(
     Args:
         paths: JSONL of `bench --out`, its `--json`, or llama-bench's JSON.
         html, markdown: files to write; replaced where they exist.
+        png: a folder for the figures as PNG files, see `pictures.write_pictures`.
 
     Returns:
         The results.
 
     Raises:
         UsageError: see `results.read_results`; a file to write that is one of those to read.
+        MissingDependency: `png` without matplotlib.
         OSError: a file cannot be written.
     """
     read = {Path(path).resolve() for path in paths}
@@ -53,6 +56,10 @@ def report(
         Path(html).write_text(page(title, results), encoding="utf-8")
     if markdown is not None:
         Path(markdown).write_text(to_markdown(title, results), encoding="utf-8")
+    if png is not None:
+        from edge_mmllm.profiling.pictures import write_pictures
+
+        write_pictures(png, results)
     return results
 
 

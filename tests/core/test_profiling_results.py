@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import random
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_mmllm.errors import UsageError
+from edge_mmllm.errors import MissingDependency, UsageError
 from edge_mmllm.profiling.charts import bars, lines, number, text, ticks
 from edge_mmllm.profiling.compare import METRICS, compare, judge
 from edge_mmllm.profiling.report import report, write_html
@@ -364,6 +365,37 @@ def test_fields_of_a_wrong_type_do_not_break_a_report(
     assert "not measured" in report_html([bare], tmp_path)
 
 
+def test_figures_as_pictures(
+    save: Callable[..., Path], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    longer = {"test": "256+8", "prompt_tokens": 256}
+    hostile = "$\\frac{<script>"
+    path = save("r.jsonl", record("a.int4"), record(hostile, 80), record("a.int4", 90, **longer))
+    folder = tmp_path / "new" / "pictures"
+    assert cli("report", path, "--png", folder).status == 0
+    names = {p.stem for p in folder.iterdir()}
+    assert {"decode", "prefill", "phases", "latency", "context"} <= names
+    content = report_html([path], tmp_path)
+    assert len(names) == content.count("<figure>")
+    for picture in folder.iterdir():
+        with Image.open(picture) as opened:
+            assert opened.width > 500
+            assert len(opened.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def test_pictures_without_matplotlib(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"edge-mmllm\[png\]"):
+        report([save("r.jsonl", record())], png=tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_one_test_for_each_bundle_is_drawn(save: Callable[..., Path]) -> None:
     more = {"test": "256+8"}
     path = save("r.jsonl", record("a", **more), record("b"), record("a", 5), record("b", **more))
@@ -374,7 +406,7 @@ def test_one_test_for_each_bundle_is_drawn(save: Callable[..., Path]) -> None:
 def test_the_command(save: Callable[..., Path], cli: Callable[..., Any], tmp_path: Path) -> None:
     path, out = save("r.jsonl", record()), tmp_path / "out.html"
     told = cli("report", path, "--html", out, "--json").json
-    assert told == {"results": 1, "failed": 0, "html": str(out), "markdown": None}
+    assert told == {"results": 1, "failed": 0, "html": str(out), "markdown": None, "png": None}
     assert cli("report", path).stdout.startswith("# edge-mmllm results\n\n| bundle |")
     done = cli("report", path, "--html", path)
     assert done.status == 2
