@@ -54,7 +54,9 @@ class Thresholds:
 
     Set at about twice the worst that a sound export was seen to give (benchmarks/quality.py):
     int8 0.008 nats (SmolLM2), int4 in blocks of 32 0.16 (tiny-mamba2) to 0.51 (SmolLM2-135M,
-    whose published weights are themselves 4-bit).
+    whose published weights are themselves 4-bit). Of GGUF's mixes (benchmarks/gguf_quality.py):
+    three bits 0.50 nats, two bits 1.2 (tiny-mamba); bfloat16, whose products llama.cpp computes
+    with activations in bfloat16, 2.4e-4, of which 1.5e-4 the engine's (SmolLM2).
 
     `kl_mean_of_engine` compares the engine with the oracle on the weights as stored: whatever
     rounding costs, a wrong scale, order or kernel, even in one layer, shows here. Sound exports
@@ -76,8 +78,8 @@ THRESHOLDS = {
     "int4": Thresholds(0.8, 4.0, 0.65, 0.6, 0.03),
     # MLC's q3 gives 0.7 (tiny-rwkv7) to 1.4 nats (tiny-mamba2), llama.cpp's Q3_K less.
     "int3": Thresholds(2.8, 10.0, 0.2, 2.0, 0.03),
-    "int2": Thresholds(4.0, 12.0, 0.2, 20.0, 0.05),
-    "int1": Thresholds(8.0, 16.0, 0.0, 1000.0, 0.05),
+    "int2": Thresholds(2.8, 10.0, 0.2, 2.0, 0.03),
+    "int1": Thresholds(6.0, 15.0, 0.05, 20.0, 0.05),
 }
 
 
