@@ -97,7 +97,7 @@ def test_windows():
     assert (config["sliding_window_size"], config["attention_sink_size"]) == (window, 0)
     assert config["context_window_size"] == -1
     found = mlc_map(load(FOLDER / "qwen2-window").model)
-    assert found.config["context_window_size"] < found.context_length
+    assert found.config["context_window_size"] == found.context_length < 128
     assert "no sliding window" in found.remarks[0]
 
 

@@ -40,7 +40,7 @@ def mlc_map(model: Llama, prefix: str = "") -> MlcMap:
         config=_config(c, context, window),
         tensors=_tensors(model, prefix),
         stock=True,
-        context_length=c.context_length,
+        context_length=context,
         remarks=(f"mlc-llm has no sliding window here: at most {context} tokens",)
         if context < c.context_length
         else (),
