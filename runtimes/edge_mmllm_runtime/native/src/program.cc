@@ -13,7 +13,7 @@ namespace {
 constexpr int kVersion = 1;
 constexpr int kMaxWidth = 1 << 24;
 constexpr int kMaxCount = 1 << 20;
-constexpr size_t kMaxFloats = size_t(1) << 40;
+constexpr size_t kMaxFloats = size_t(1) << (sizeof(size_t) > 4 ? 40 : 28);
 constexpr int kFloat = 1, kUint8 = 2, kFloat16 = 10;  // ONNX element types
 
 }  // namespace

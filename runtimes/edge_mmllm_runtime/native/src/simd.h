@@ -102,6 +102,26 @@ EDGE_INLINE VecI dot4(VecI sums, VecB weights, VecB activations) {
   int32x4_t total = vdotq_s32((int32x4_t)sums, low, a);
   total = vdotq_s32(total, vdupq_n_s8(64), a);
   return (VecI)vdotq_s32(total, vdupq_n_s8(64), a);
+#elif defined(__ARM_NEON)
+  // Without dot products: 16-bit factors, 32-bit products, the four of a lane added up in pairs.
+  const uint8x16_t w = (uint8x16_t)weights;
+  const int8x16_t a = (int8x16_t)activations;
+  const int16x8_t wl = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w)));
+  const int16x8_t wh = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(w)));
+  const int16x8_t al = vmovl_s8(vget_low_s8(a)), ah = vmovl_s8(vget_high_s8(a));
+  const int32x4_t p0 = vmull_s16(vget_low_s16(wl), vget_low_s16(al));
+  const int32x4_t p1 = vmull_s16(vget_high_s16(wl), vget_high_s16(al));
+  const int32x4_t p2 = vmull_s16(vget_low_s16(wh), vget_low_s16(ah));
+  const int32x4_t p3 = vmull_s16(vget_high_s16(wh), vget_high_s16(ah));
+#if defined(__aarch64__)
+  return sums + (VecI)vpaddq_s32(vpaddq_s32(p0, p1), vpaddq_s32(p2, p3));
+#else
+  const int32x2_t s0 = vadd_s32(vget_low_s32(p0), vget_high_s32(p0));
+  const int32x2_t s1 = vadd_s32(vget_low_s32(p1), vget_high_s32(p1));
+  const int32x2_t s2 = vadd_s32(vget_low_s32(p2), vget_high_s32(p2));
+  const int32x2_t s3 = vadd_s32(vget_low_s32(p3), vget_high_s32(p3));
+  return sums + (VecI)vcombine_s32(vpadd_s32(s0, s1), vpadd_s32(s2, s3));
+#endif
 #else
   const int8_t* a = (const int8_t*)&activations;
   for (int lane = 0; lane < kLanes; lane++) {
