@@ -42,7 +42,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ASKED = "Describe a person as JSON with name, age, city, hobbies (a list) and active."
-LETTERS, COUNT = "[a-z ]{64}", 300
+LETTERS, COUNT = "[a-z ]{64}", 160
 ENGINES = ("onnx", "gguf")
 PACKAGES = ("edge-mmllm", "llguidance", "jsonschema", "onnxruntime", "llama-cpp-python", "numpy")
 

@@ -56,6 +56,7 @@ PACKAGES = (
     Package("gguf", "gguf", "export", "reads quantized GGUF checkpoints"),
     Package("huggingface_hub", "huggingface_hub", "export", "fetches hub ids"),
     Package("llama-cpp-python", "llama_cpp", "gguf", "runs GGUF bundles and files"),
+    Package("llguidance", "llguidance", "constrained", "keeps answers to a schema or grammar"),
     Package("apache-tvm", "tvm", "mlc", "MLC bundles, in a later release"),
 )
 
