@@ -34,8 +34,8 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 #: An escape of GBNF: llguidance's way from GBNF to Lark does not know characters by number.
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
-#: Longest grammar or schema as text; what llguidance makes of it has limits of its own.
-MAX_SOURCE_BYTES = 1 << 20
+#: Longest grammar or schema; what llguidance makes of it has limits of its own.
+MAX_SOURCE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,21 @@ class Constraint:
             if not choices:
                 raise UsageError("there is nothing to choose from", found="choices=[]")
             return cls("choices", json.dumps(list(choices)))
-        for kind, text in (("grammar", grammar), ("regex", regex)):
-            if text is not None:
-                if not isinstance(text, str) or len(text.encode("utf-8", "replace")) > (
-                    MAX_SOURCE_BYTES
-                ):
-                    raise UsageError(
-                        f"{kind} must be text of at most {MAX_SOURCE_BYTES} bytes",
-                        found=type(text).__name__,
-                    )
-                return cls("grammar" if kind == "grammar" else "regex", text)
+        if grammar is not None:
+            return cls("grammar", _checked("grammar", grammar))
+        if regex is not None:
+            return cls("regex", _checked("regex", regex))
         return None
+
+
+def _checked(kind: Kind, text: object) -> str:
+    """Raises: UsageError: no text, or too much of it."""
+    if not isinstance(text, str) or len(text) > MAX_SOURCE_CHARACTERS:
+        raise UsageError(
+            f"{kind} must be text of at most {MAX_SOURCE_CHARACTERS} characters",
+            found=type(text).__name__ if not isinstance(text, str) else str(len(text)),
+        )
+    return text
 
 
 def _schema(given: Mapping[str, Any] | str) -> str:
@@ -104,10 +108,10 @@ def _schema(given: Mapping[str, Any] | str) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError("the JSON schema is no JSON", found=str(error)[:200]) from error
-    if not isinstance(value, dict) or len(text) > MAX_SOURCE_BYTES:
+    if not isinstance(value, dict) or len(text) > MAX_SOURCE_CHARACTERS:
         raise UsageError(
             "a JSON schema is an object",
-            expected=f"a mapping of at most {MAX_SOURCE_BYTES} bytes as JSON",
+            expected=f"a mapping of at most {MAX_SOURCE_CHARACTERS} characters as JSON",
             found=text[:80],
         )
     return text
