@@ -5,7 +5,7 @@ A shared library that the TVM runtime loads. What is in it says `_metadata() -> 
 
     {"format": 1, "architecture": ..., "quantization": ..., "hidden_size": H, "vocab_size": V,
      "longest": tokens of the longest prefill,
-     "states": [{"name", "shape", "dtype"}],    a size of -1 is the capacity
+     "states": [{"name", "shape", "dtype"}],    -1: the capacity, -2: rows of a memory
      "parameters": [{"name", "layout", "tensors", "size", "shape", "dtype"}],
      "functions": {NAME: {"inputs": [...], "states": [...], "parameters": [...]}}}
 
@@ -16,6 +16,7 @@ The functions take their inputs, then states, then parameters, each a tensor:
 - `decode(input_ids int64 (1,), [position int64 (1,)], ...) -> logits float32 (1, vocab)`;
 - `embed(input_ids int64 (seq,), ...) -> float32 (seq, hidden)`, and `prefill_embeds`, which takes
   `inputs_embeds float32 (seq, hidden)` in place of the ids;
+- of an encoder-decoder `encode_text(input_ids, ...) -> (cross_kv states...)`;
 - of a multimodal model, one for each stage, e.g. `encode_image(pixels, ...) -> features` and
   `project_image(features, ...) -> inputs_embeds`.
 
@@ -34,11 +35,11 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from edge_mmllm.spec import CAPACITY, StateSpec
+from edge_mmllm.spec import CAPACITY, MEMORY, StateSpec
 from edge_mmllm_export.families.composite import Composite, StageDefinition, scoped
 from edge_mmllm_export.mlc_link import find_linker
 from edge_mmllm_export.mlc_targets import MlcTarget
-from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
 from edge_mmllm_export.ops.relax import RelaxOps
 from edge_mmllm_export.ops.relax_params import Layouts, Packed
 from edge_mmllm_export.ops.tir.isa import Isa
@@ -89,6 +90,9 @@ def build_library(
     builder = relax.BlockBuilder()
     for name in functions:
         _function(builder, library, name, model, weights, layouts, isa, exact)
+    backbone = getattr(model, "backbone", model)
+    if isinstance(backbone, EncoderDecoder):
+        _reader(builder, library, model, backbone, weights, layouts, isa, exact)
     if isinstance(model, Composite):
         for stage in model.stage_definitions():
             _stage(builder, library, stage, scoped(weights, stage.scope), layouts, isa, exact)
@@ -102,7 +106,7 @@ def build_library(
         "states": [
             {
                 "name": s.name,
-                "shape": [-1 if d == CAPACITY else d for d in s.shape],
+                "shape": list(s.shape),
                 "dtype": s.dtype,
             }
             for s in library.states
@@ -135,16 +139,14 @@ def _function(
         inputs["input_ids"] = _tensor("input_ids", (seq,), "int64")
     carried = {}
     if name != "embed":
-        capacity = tirx.Var("capacity", "int64")
+        free = {d: tirx.Var(n, "int64") for d, n in ((CAPACITY, "capacity"), (MEMORY, "memory"))}
         if any(s.kind == "kv" for s in library.states):
             inputs["position"] = _tensor("position", (1,), "int64")
         if not one:
             rows = (tirx.Var("rows", "int64"),)
             inputs["logit_rows"] = _tensor("logit_rows", rows, "int64")
         carried = {
-            s.name: _tensor(
-                f"state.{s.name}", tuple(capacity if d == CAPACITY else d for d in s.shape), s.dtype
-            )
+            s.name: _tensor(f"state.{s.name}", tuple(free.get(d, d) for d in s.shape), s.dtype)
             for s in library.states
         }
     given = [*inputs.values(), *carried.values()]
@@ -173,6 +175,39 @@ def _function(
     library.functions[name] = {
         "inputs": list(inputs),
         "states": list(carried),
+        "parameters": list(op.parameters),
+    }
+
+
+def _reader(
+    builder: Any,
+    library: Library,
+    model: Architecture,
+    backbone: EncoderDecoder,
+    weights: Mapping[str, Weight],
+    layouts: Layouts,
+    isa: Isa,
+    exact: bool,
+) -> None:
+    """`encode_text`: a prompt, as ids or (of a multimodal model) embeddings -> the cross_kv states
+    in their order."""
+    seq, embeds = tirx.Var("seq", "int64"), model is not backbone
+    name = "inputs_embeds" if embeds else "input_ids"
+    given = _tensor(
+        name, (seq, model.hidden_size) if embeds else (seq,), "float32" if embeds else "int64"
+    )
+    with builder.function("encode_text", attrs={"num_input": 1}):
+        op = RelaxOps(builder, layouts, {}, isa=isa, exact=exact)
+        with builder.dataflow():
+            backbone.remember(op, weights, given if embeds else model.embed(op, weights, given))
+            filled = [op.remembered[s.name] for s in library.states if s.kind == "cross_kv"]
+            result = builder.emit_output(relax.Tuple(filled))
+        wanted = [variable for _, variable in op.parameters.values()]
+        builder.emit_func_output(result, params=[given, *wanted])
+    library.parameters |= {p.name: p for p, _ in op.parameters.values()}
+    library.functions["encode_text"] = {
+        "inputs": [name],
+        "states": [],
         "parameters": list(op.parameters),
     }
 

@@ -18,6 +18,7 @@ from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, SessionError, UsageError
 from edge_mmllm.spec import ModelSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
+from edge_mmllm_runtime.memory import Memory
 from edge_mmllm_runtime.mlc_machine import runnable
 from edge_mmllm_runtime.mlc_parameters import library_path, load_parameters
 from edge_mmllm_runtime.mlc_vm import Library, runtime_version, tensor
@@ -74,8 +75,9 @@ class MlcEngine:
         if grows and context is None:
             raise UsageError("a model whose state grows needs a context", expected="tokens")
         self.capacity = context if grows else None
-        own = {s.name for s in spec.states}
-        self._states = StateBuffers(spec.states, self.capacity, own)
+        self._memory = Memory(spec.states)
+        own = tuple(s for s in spec.states if s.kind != "cross_kv")
+        self._states = StateBuffers(own, self.capacity, {s.name for s in own})
         self.state_capacity_bytes = self._states.size_bytes
         self._parameters = load_parameters(metadata["parameters"], files)
         self._tensors = {name: tensor(array) for name, array in self._parameters.items()}
@@ -88,7 +90,13 @@ class MlcEngine:
         self._token: Int64 = token.view(np.int64)
         self._position: Int64 = position.view(np.int64)
         self._at = tensor(self._position)
-        states = {name: tensor(pair[0]) for name, pair in self._states.pairs.items()}
+        self._own = {name: tensor(pair[0]) for name, pair in self._states.pairs.items()}
+        self._bind()
+
+    def _bind(self) -> None:
+        """Has every function read the memory as it is now."""
+        memory = {name: tensor(_aligned(a)) for name, a in self._memory.arrays.items()}
+        states = self._own | memory
         self._rest = {
             name: [
                 *(states[s] for s in function["states"]),
@@ -159,13 +167,16 @@ class MlcEngine:
 
     @property
     def memory_rows(self) -> int:
-        """See `Engine.memory_rows`: the format has no cross_kv states yet."""
-        return 0
+        """See `Engine.memory_rows`."""
+        return self._memory.rows
 
     def clear(self) -> None:
         """See `Engine.clear`."""
         self._states.clear()
         self._lost = False
+        if self._memory.rows:
+            self._memory.clear()
+            self._bind()
 
     def rewind(self, position: int, to: int) -> bool:
         """See `Engine.rewind`."""
@@ -183,12 +194,17 @@ class MlcEngine:
 
     def save(self, position: int) -> Arrays:
         """See `Engine.save`."""
-        return self._states.save(position)
+        return self._states.save(position) | self._memory.arrays
 
     def load(self, states: Arrays, position: int) -> None:
         """See `Engine.load`."""
-        self._states.load(states, position)
+        memory = {s.name: states[s.name] for s in self._memory.specs if s.name in states}
+        self._memory.check(memory)
+        self._states.load({n: a for n, a in states.items() if n not in memory}, position)
         self._lost = False
+        if memory:
+            self._memory.fill(memory)
+            self._bind()
 
     def embed(self, ids: Int64) -> Float32:
         """See `Engine.embed`."""
@@ -214,7 +230,21 @@ class MlcEngine:
         self, name: str, inputs: Mapping[str, NDArray[Any]], *, append: bool = False
     ) -> None:
         """See `Engine.remember`."""
-        raise CorruptBundle(f"an MLC bundle has no stage `{name}`", expected="decoder")
+        self.load_stage(name)
+        stage, function = self._spec.stages[name], self._functions.get(name)
+        if function is None:
+            raise CorruptBundle(f"the model library has no function `{name}`")
+        given = [tensor(_aligned(inputs[i])) for i in function["inputs"]]
+        try:
+            self._library.ready()
+            results = self._library.function(name)(*given, *self._rest[name])
+            values = [np.array(np.from_dlpack(result)) for result in results]
+        except Exception as error:  # see `step`
+            raise SessionError(
+                f"the model library failed to run {name}", found=str(error)[-300:]
+            ) from error
+        self._memory.fill(dict(zip(stage.fills, values, strict=True)), append=append)
+        self._bind()
 
     def release(self, name: str) -> bool:
         """See `Engine.release`."""
@@ -222,7 +252,8 @@ class MlcEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        del self._rest, self._tensors, self._at, self._library, self._parameters, self._states
+        del self._rest, self._tensors, self._at, self._own, self._memory
+        del self._library, self._parameters, self._states
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
@@ -238,7 +269,7 @@ def _aligned(array: NDArray[Any]) -> NDArray[Any]:
 
 def _check(metadata: Mapping[str, Any], spec: ModelSpec, path: Path) -> None:
     """Raises: CorruptBundle: the library is of another format or model."""
-    states = [(s.name, [max(d, -1) for d in s.shape], s.dtype) for s in spec.states]
+    states = [(s.name, list(s.shape), s.dtype) for s in spec.states]
     found = [(s["name"], s["shape"], s["dtype"]) for s in metadata.get("states", [])]
     wanted = (_FORMAT, spec.vocab_size, spec.hidden_size, states)
     seen = (

@@ -19,7 +19,7 @@ from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
 from edge_mmllm_export.mlc_config import CONFIG, WORLD, chat_config, world_file
 from edge_mmllm_export.mlc_write import write
-from edge_mmllm_export.ops.base import Architecture
+from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight
 from edge_mmllm_runtime import ENGINES
@@ -123,9 +123,12 @@ class MlcArtefact:
                 ports = tuple(port.name for port in stage.ports)
                 out[stage.name] = Stage(file, ports, (stage.output,))
             out["embed"] = Stage(file, ("input_ids",), (tokens,))
+        memory = tuple(s.name for s in self.states if s.kind == "cross_kv")
+        if memory:
+            out["encode_text"] = Stage(file, (tokens,), (), fills=memory)
         grows = any(s.kind == "kv" for s in self.states)
         inputs = (tokens, *(["position"] if grows else []), "logit_rows")
-        in_place = tuple(s.name for s in self.states)
+        in_place = tuple(s.name for s in self.states if s.kind != "cross_kv")
         return out | {"decoder": Stage(file, inputs, ("logits",), in_place)}
 
 
@@ -153,11 +156,12 @@ class MlcFormat:
     def layout(self, job: Job, options: ExportOptions) -> MlcArtefact:
         if options.inputs != "ids":
             raise UsageError("--inputs embeds is for --format onnx", expected="--inputs ids")
-        odd = {s.kind for s in job.model.states()} & {"cross_kv", "place"}
+        reads = isinstance(getattr(job.model, "backbone", job.model), EncoderDecoder)
+        odd = {s.kind for s in job.model.states()} & {"place", *(() if reads else ("cross_kv",))}
         if odd:
             raise UnsupportedArchitecture(
                 f"{job.model.name} cannot be written as MLC yet",
-                expected="a model without states that another stage fills, or places of its own",
+                expected="a model without pictures beside its text, or places of its own",
                 found=f"states of kind {', '.join(sorted(odd))}",
                 fix="export with --format onnx",
             )

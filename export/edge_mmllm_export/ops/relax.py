@@ -24,6 +24,7 @@ from edge_mmllm_export.ops import (
     relax_rwkv,
 )
 from edge_mmllm_export.ops.base import Activation, Attention, Rope, Wkv7, Wkv7Weights
+from edge_mmllm_export.ops.relax_memory import RelaxMemory
 from edge_mmllm_export.ops.relax_missing import MissingOps
 from edge_mmllm_export.ops.relax_params import FLOAT32, Layouts, Packed, packed
 from edge_mmllm_export.ops.relax_vision import RelaxVision
@@ -39,7 +40,7 @@ PACKED = "f32"
 Value = Any
 
 
-class RelaxOps(RelaxVision[Value], MissingOps[Value]):
+class RelaxOps(RelaxVision[Value], RelaxMemory[Value], MissingOps[Value]):
     """Builds the body of one Relax function.
 
     Args:
@@ -53,6 +54,7 @@ class RelaxOps(RelaxVision[Value], MissingOps[Value]):
 
     Attributes:
         parameters: name -> (what it is, the function's parameter), in the order of first use.
+        remembered: state -> the new value of a cross_kv state.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class RelaxOps(RelaxVision[Value], MissingOps[Value]):
         self._isa, self._exact = isa, exact
         self._position, self._wanted = position, wanted
         self._turns: dict[int, tuple[Value, Value]] = {}
+        self._distances: dict[str, Value] = {}
         self.parameters: dict[str, tuple[Packed, Value]] = {}
+        self.remembered: dict[str, Value] = {}
 
     # -- plumbing --------------------------------------------------------------------------
 
@@ -287,7 +291,10 @@ class RelaxOps(RelaxVision[Value], MissingOps[Value]):
             spec.window,
             spec.softcap,
             turned=spec.rope is not None,
+            distances=0 if spec.relative is None else spec.relative.max_distance + 1,
         )
+        if spec.relative is not None:
+            inputs.append(self._by_distance(spec.relative))
         kernel = (relax_attention.step if self._one(q) else relax_attention.chunk)(shape)
         width = spec.heads * spec.head_dim
         return self._in_place(kernel, "attention", inputs, [k_state, v_state], width)[0]

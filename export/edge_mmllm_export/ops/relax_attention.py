@@ -146,7 +146,7 @@ def _check(a: _Arguments) -> None:
 def _score(s: Shape, a: _Arguments, x: Expr, head: Expr, behind: Expr) -> Expr:
     """A score, from the product of a query (already scaled) and a key that lies so far behind."""
     if a.bias is not None:
-        far = te.min(behind, tirx.const(s.distances - 1, behind.dtype))
+        far = te.min(behind, tirx.const(s.distances - 1, "int64"))
         x = x + a.bias[head, s.distances - 1 - far]
     return f32(s.softcap) * tanh(x / f32(s.softcap)) if s.softcap is not None else x
 
@@ -337,7 +337,9 @@ class _Rows:
             loops = serial(d // wide), lanes(wide)
             with T.If(first + r < seq), T.Then(), loops[0] as j, loops[1] as v:
                 i = j * wide + v
-                put(output, (first + r, column + i), self.acc[r * d + i] / self.weight[r])
+                # The weight is 0 where there was nothing to see, else at least 1.
+                whole = te.max(self.weight[r], f32(0.5))
+                put(output, (first + r, column + i), self.acc[r * d + i] / whole)
 
 
 @cache
@@ -397,14 +399,22 @@ def chunk(s: Shape) -> Any:
 
 
 @cache
-def full(heads: int, kv_heads: int, d: int, scale: float, *, bias: bool) -> Any:
+def full(
+    heads: int, kv_heads: int, d: int, scale: float, *, bias: bool, stored: bool = False
+) -> Any:
     """See `full_attention` of the op set, without frames: q `(seq, heads * d)`, k and v
-    `(keys, kv_heads * d)`, with `bias` `(heads, seq, keys)`, output."""
+    `(keys, kv_heads * d)` or, `stored`, `(1, kv_heads, keys, d)`, with `bias` `(heads, seq, keys)`,
+    output. Of no keys: zeros."""
 
     def body() -> None:
         seq, count = tirx.Var("seq", "int64"), tirx.Var("count", "int64")
         q = arg("q", (seq, heads * d))
-        k, v_ = arg("k", (count, kv_heads * d)), arg("v", (count, kv_heads * d))
+        form = (1, kv_heads, count, d) if stored else (count, kv_heads * d)
+        k, v_ = arg("k", form), arg("v", form)
+
+        def of(x: Buffer, h: Expr, n: Expr, i: Expr) -> Expr:
+            return x[0, h, n, i] if stored else x[n, h * d + i]
+
         added = arg("bias", (heads, seq, count)) if bias else None
         output = arg("output", (seq, heads * d))
         runs = (count + _KEYS - 1) // _KEYS
@@ -412,9 +422,8 @@ def full(heads: int, kv_heads: int, d: int, scale: float, *, bias: bool) -> Any:
         with parallel(runs * kv_heads) as task:
             first, h = task // kv_heads * _KEYS, task % kv_heads
             with serial(d) as i, lanes(_KEYS) as v:
-                put(
-                    sides, ((task * d + i) * _KEYS + v,), k[te.min(first + v, count - 1), h * d + i]
-                )
+                at = te.min(first + v, count - 1)
+                put(sides, ((task * d + i) * _KEYS + v,), of(k, h, at, i))
         blocks = (seq + _ROWS - 1) // _ROWS
         with parallel(blocks * heads) as task:
             head, block = task % heads, task // heads
@@ -438,7 +447,7 @@ def full(heads: int, kv_heads: int, d: int, scale: float, *, bias: bool) -> Any:
                 side = let((run * kv_heads + h) * d * _KEYS)
                 rows.read(
                     lambda i, v: sides[side + i * _KEYS + v],
-                    lambda n, i: v_[first + n, h * d + i],
+                    lambda n, i: of(v_, h, first + n, i),
                     te.min(tirx.const(_KEYS, "int64"), count - first),
                     lambda _, v: first + v < count,
                     lambda r, v, x: score(r, v, x, first),

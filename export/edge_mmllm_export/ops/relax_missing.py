@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedArchitecture
 from edge_mmllm.spec import StateSpec
-from edge_mmllm_export.ops.memory import Blind, RelativeBias
 
 T = TypeVar("T")
 
@@ -22,26 +21,10 @@ def missing(op: str) -> NoReturn:
 
 
 class MissingOps(Generic[T]):
-    """What is left to do: memories, streams of positions, sounds. See `Ops` for what they compute."""
-
-    def remember(self, x: T, state: StateSpec) -> None:
-        missing("remember")
+    """What is left: pictures beside the text, streams of positions, sounds, tiles."""
 
     def remember_span(self, x: T, span: T, state: StateSpec) -> None:
         missing("remember_span")
-
-    def cross_attention(
-        self,
-        q: T,
-        k_state: StateSpec,
-        v_state: StateSpec,
-        *,
-        heads: int,
-        scale: float,
-        span: StateSpec | None = None,
-        blind: Blind = "nothing",
-    ) -> T:
-        missing("cross_attention")
 
     def sees(self, x: T, span: StateSpec) -> T:
         missing("sees")
@@ -50,9 +33,6 @@ class MissingOps(Generic[T]):
         self, state: StateSpec, inv_freq: NDArray[np.float32], streams: NDArray[np.int64]
     ) -> T:
         missing("stream_angles")
-
-    def relative_bias(self, x: T, bias: RelativeBias) -> T:
-        missing("relative_bias")
 
     def windows(self, x: T, width: int, *, stride: int = 1, padding: int = 0) -> T:
         missing("windows")
