@@ -121,7 +121,7 @@ def test_llama_cpp_tokenizes_alike(name, tmp_path):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the data that is not in the repository")
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
 def test_the_gate_judges_every_type(kind, tmp_path):
     options = ExportOptions(format="gguf", gguf_type=kind, accept_quality_loss=True)
     manifest = exporter.export(DATA / "zoo" / "tiny-rwkv7", tmp_path / "out", options).manifest
