@@ -54,7 +54,13 @@ def spec_of(model: Composite) -> ModelSpec:
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("llava", "q0f32"), ("llava-siglip", "q4f32_1"), ("llava-next", "q0f16")],
+    [
+        ("llava", "q0f32"),
+        ("llava-siglip", "q4f32_1"),
+        ("llava-next", "q0f16"),
+        ("idefics3", "q0f32"),
+        ("blip2-opt", "q0f32"),
+    ],
 )
 def test_a_picture_passes_the_library_as_it_does_the_oracle(
     name: str, word: str, tmp_path: Path

@@ -58,9 +58,6 @@ class MissingOps(Generic[T]):
     def average_rows(self, x: T, count: int) -> T:
         missing("average_rows")
 
-    def pixel_shuffle(self, x: T, grid: tuple[int, int], factor: int) -> T:
-        missing("pixel_shuffle")
-
     def grid_angles(self, grid: T, inv_freq: NDArray[np.float32], merge: int) -> T:
         missing("grid_angles")
 

@@ -77,6 +77,11 @@ class RelaxVision(Generic[T]):
             count = rows - start if stop is None else stop - start if stop > 0 else rows + stop
         return self._new(copy_rows(first, width, flat=False), "take_rows", [x], count, width)
 
+    def pixel_shuffle(self, x: Value, grid: tuple[int, int], factor: int) -> Value:
+        width, rows, columns = int(x.ty.shape[1]), grid[0] // factor, grid[1] // factor
+        kernel = pixel_shuffle(grid, factor, width)
+        return self._new(kernel, "pixel_shuffle", [x], rows * columns, factor**2 * width)
+
     def full_attention(
         self,
         q: Value,
@@ -196,3 +201,19 @@ def concat(widths: tuple[int, ...]) -> Any:
                 start += n
 
     return build("concat", body)
+
+
+@cache
+def pixel_shuffle(grid: tuple[int, int], factor: int, width: int) -> Any:
+    """See `VisionOps.pixel_shuffle`."""
+
+    def body() -> None:
+        rows, columns = grid[0] // factor, grid[1] // factor
+        x = arg("x", (grid[0] * grid[1], width))
+        output = arg("output", (rows * columns, factor**2 * width))
+        with parallel(rows * columns) as t, serial(factor) as i, serial(factor) as j:
+            row = (t // columns * factor + i) * grid[1] + t % columns * factor + j
+            with serial(width) as c:
+                put(output, (t, (i * factor + j) * width + c), x[row, c])
+
+    return build("pixel_shuffle", body)
