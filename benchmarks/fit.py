@@ -30,7 +30,7 @@ from edge_mmllm.profiling import fit as fit_module
 from edge_mmllm.profiling.calibration import Calibration, calibrate
 from edge_mmllm.profiling.devices import this_device
 from edge_mmllm.profiling.facts import Facts, bundle_facts
-from edge_mmllm.profiling.fit import CHUNK, fit, memory_model
+from edge_mmllm.profiling.fit import CHUNK, arena_base, fit, memory_model
 from edge_mmllm.profiling.limits import Limits
 from edge_mmllm.profiling.probe import Probe, ProbeRequest, probe
 from edge_mmllm.profiling.stats import median
@@ -46,6 +46,8 @@ DERIVED_FROM = {
     "rwkv4-169m int4": ("rwkv4-169m", "--quant", "int4"),
     "rwkv7-0.1b int4": ("rwkv7-0.1b", "--quant", "int4"),
     "mamba-370m int4": ("mamba-370m", "--quant", "int4"),
+    "mamba2-130m int4 block 128": ("mamba2-130m", "--quant", "int4", "--block-size", "128"),
+    "rwkv4-169m int4 block 128": ("rwkv4-169m", "--quant", "int4", "--block-size", "128"),
     "tiny-mamba int4": ("zoo/tiny-mamba", "--quant", "int4"),
     "tiny-mamba2 f32": ("zoo/tiny-mamba2", "--quant", "f32"),
 }
@@ -149,14 +151,15 @@ def _linear(found: list[tuple[Facts, Probe]], term: str, more: tuple[str, ...]) 
 
 def _scratch(found: list[tuple[Facts, Probe]], kind: str, made: dict[str, Any]) -> dict[str, Any]:
     """Scratch of a chunk, in units of 512 float32 rows of the width, by architecture."""
-    base = 14e6
+    base = 14e6  # of native kernels; see `arena_base` for stock ones
     shares: dict[str, dict[str, list[float]]] = {}
     for f, p in found:
         unit = CHUNK * 4 * f.hidden
+        rss_base, data_base = arena_base(f.hidden) if kind == "stock" else (base, base)
         rows = f.weights.lookup or f.weights.table
         touched = rows * (1 - math.exp(-CHUNK * (64 << 10) / rows))
-        data = p.peak_data_bytes - p.loaded_data_bytes - base
-        rss = p.peak_rss_bytes - p.loaded_rss_bytes - touched - f.state_bytes(CONTEXT) - base
+        data = p.peak_data_bytes - p.loaded_data_bytes - data_base
+        rss = p.peak_rss_bytes - p.loaded_rss_bytes - touched - f.state_bytes(CONTEXT) - rss_base
         if p.peak_rss_bytes <= p.load_peak_rss_bytes:
             rss = min(rss, data)  # hidden below the peak of loading
         share = shares.setdefault(f.architecture, {"rss_units": [], "data_units": []})

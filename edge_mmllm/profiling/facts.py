@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from edge_mmllm.bundle import QuantGroup, open_bundle
 from edge_mmllm.spec import NATIVE_DECODER, StateSpec
 
-#: Float32 scales beside the codes, as the exporter writes them.
-_SCALE_BITS = 32
+#: Float16 scales beside the codes, as the exporter writes them.
+_SCALE_BITS = 16
 
 
 @dataclass(frozen=True)

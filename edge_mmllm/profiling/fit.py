@@ -181,12 +181,15 @@ def predict_memory(facts: Facts, kernels: str, context: int, cpus: int) -> Memor
     share = known.get(facts.architecture, fallback)
     scores = _SCORES * facts.hidden * max(context - CHUNK, 0)
     scores = scores if facts.state_bytes_per_token else 0.0
-    scratch = model["scratch_base"] + share["rss_units"] * unit + scores
-    scratch_data = model["scratch_base_data"] + share["data_units"] * unit + scores
+    base, base_data = model["scratch_base"], model["scratch_base_data"]
+    if model["arena"]:
+        base, base_data = arena_base(facts.hidden)
+    scratch = base + share["rss_units"] * unit + scores
+    scratch_data = base_data + share["data_units"] * unit + scores
     if model["arena"]:
         # onnxruntime's arena grows to the next power of two; a fifth of the scratch is not in it.
         need = max(0.8 * share["rss_units"] * unit, 1 << 24)
-        scratch_data = model["scratch_base_data"] + 2 ** math.ceil(math.log2(need)) + scores
+        scratch_data = base_data + 2 ** math.ceil(math.log2(need)) + scores
     state = facts.state_bytes(context)
     rows = facts.weights.lookup or facts.weights.table
     touched = rows * (1 - math.exp(-CHUNK * _FAULT_BYTES / rows)) if rows else 0.0
@@ -212,6 +215,16 @@ def predict_memory(facts: Facts, kernels: str, context: int, cpus: int) -> Memor
         scratch_bytes=int(scratch),
         load_rss_bytes=int(engine_rss + loading),
     )
+
+
+def arena_base(hidden: int) -> tuple[float, float]:
+    """What stock kernels take beside a chunk's rows: (RSS, private) in bytes.
+
+    Seen on tiny models (256 wide), where 14 MB were too many, and on those of 768 and 1,024; of
+    private memory 20 to 35 MB that are reserved outside the arena's last region.
+    """
+    share = hidden / _UNIT_WIDTH
+    return 14e6 * min(share, 1.0) ** 2, 12.5e6 + 22.5e6 * share
 
 
 def moved_bytes(facts: Facts, context: int, kernels: str = "native") -> float:

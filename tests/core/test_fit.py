@@ -87,8 +87,8 @@ def test_groups_are_sorted_by_what_engines_make_of_them() -> None:
     def group(name: str, bits: float, block: int | None, size: int) -> QuantGroup:
         return QuantGroup(name, "x", bits, block, None, 1, size)
 
-    tied = sort_weights([group("embedding", 8, 32, 900), group("matrix", 4, 32, 500)])
-    assert (tied.int8, tied.int4, tied.scales, tied.table) == (800, 400, 200, 900)
+    tied = sort_weights([group("embedding", 8, 32, 850), group("matrix", 4, 32, 450)])
+    assert (tied.int8, tied.int4, tied.scales, tied.table) == (800, 400, 100, 850)
     untied = sort_weights(
         [group("embedding", 8, 32, 900), group("head", 16, None, 100),
          group("image encoder matrix", 8, 32, 70)]
