@@ -76,7 +76,7 @@ def _chart(chart: Chart) -> list[str]:
         out.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
         x, y = at(end * i / 4, low)
         out.append(
-            f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{end * i / 4:g}</text>'
+            f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{end * i / 4:.4g}</text>'
         )
     title = escape(chart.x_title)
     out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{title}</text>')
@@ -90,14 +90,25 @@ def _chart(chart: Chart) -> list[str]:
         )
         place = f'x="{WIDTH - RIGHT + 10}" y="{TOP + 12 + 18 * i}" fill="{colour}"'
         out.append(f"<text {place}>{escape(line.name)}</text>")
+    taken: list[tuple[float, float, float]] = []
     for i, group in enumerate(chart.points, len(chart.lines)):
         colour = COLOURS[i % len(COLOURS)]
         for left, up, label in group.places:
             x, y = at(left, up)
             out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+            row = _free_row(taken, x + 5, y - 4, 5.5 * len(label))
             out.append(
-                f'<text x="{x + 5:.1f}" y="{y - 4:.1f}" font-size="9">{escape(label)}</text>'
+                f'<text x="{x + 5:.1f}" y="{row:.1f}" font-size="9" fill="{colour}">'
+                f"{escape(label)}</text>"
             )
         place = f'x="{WIDTH - RIGHT + 10}" y="{TOP + 12 + 18 * i}" fill="{colour}"'
         out.append(f"<text {place}>{escape(group.name)}</text>")
     return out
+
+
+def _free_row(taken: list[tuple[float, float, float]], x: float, y: float, width: float) -> float:
+    """Where a label at x fits beside those before it, upwards from y."""
+    while any(abs(y - row) < 9 and x < end and start < x + width for start, end, row in taken):
+        y -= 2
+    taken.append((x, x + width, y))
+    return y
