@@ -85,8 +85,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, fields
 
 
-def difference(ours: tuple[str, Any, bytes], theirs: tuple[str, Any, bytes]) -> str:
-    """How a tensor differs, in a few words."""
+def difference(ours: tuple[str, Any, bytes], theirs: tuple[str, Any, bytes]) -> str | float:
+    """How a tensor differs: in a few words, or the largest difference over the largest value."""
     if ours[:2] != theirs[:2]:
         return f"{ours[0]} {ours[1]}, not {theirs[0]} {theirs[1]}"
     kinds = {"F32": np.float32, "F16": np.float16}
@@ -94,7 +94,7 @@ def difference(ours: tuple[str, Any, bytes], theirs: tuple[str, Any, bytes]) -> 
         return "other bytes"
     a, b = (np.frombuffer(x[2], kinds[ours[0]]).astype(np.float64) for x in (ours, theirs))
     largest = np.abs(b).max() or 1.0
-    return f"up to {np.abs(a - b).max() / largest:.1e} of the largest"
+    return float(np.abs(a - b).max() / largest)
 
 
 def compare(
@@ -122,11 +122,15 @@ def compare(
     notes = [f"`{n}` only in theirs" for n in sorted(peer.keys() - mine.keys())]
     notes += [f"`{n}` only in ours" for n in sorted(mine.keys() - peer.keys())]
     differing = {n: difference(mine[n], peer[n]) for n in mine.keys() & peer.keys() - set(same)}
-    grouped: dict[tuple[str, str], int] = {}
+    grouped: dict[str, list[str | float]] = {}
     for n, how in differing.items():
-        key = (".".join("N" if p.isdigit() else p for p in n.split(".")), how)
-        grouped[key] = grouped.get(key, 0) + 1
-    notes += [f"`{n}` {how}" + (f" ({c}x)" if c > 1 else "") for (n, how), c in grouped.items()]
+        key = ".".join("N" if p.isdigit() else p for p in n.split("."))
+        grouped.setdefault(key, []).append(how)
+    for n, hows in grouped.items():
+        numbers = [how for how in hows if isinstance(how, float)]
+        words = sorted({how for how in hows if isinstance(how, str)})
+        words += [f"up to {max(numbers):.1e} of the largest"] if numbers else []
+        notes.append(f"`{n}` {', '.join(words)} ({len(hows)}x)")
     keys = [
         k for k in sorted(said.keys() | their_words.keys())
         if not k.startswith("general.") and not _equal(said.get(k), their_words.get(k))
