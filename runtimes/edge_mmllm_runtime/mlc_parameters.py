@@ -76,7 +76,10 @@ def packed(parameter: Mapping[str, Any], read: Callable[[str], NDArray[Any]]) ->
 
 
 def _block(size: int) -> NDArray[np.uint8]:
-    memory = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MAP_PRIVATE"):  # Linux gives large pages to private memory only
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, max(size, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
