@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import os
 import select
+import struct
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import edge_mmllm
 
 pytestmark = pytest.mark.full
 pytest.importorskip("llama_cpp")
@@ -23,7 +27,7 @@ pytest.importorskip("llama_cpp")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtimes"))
 
 from gguf_bases import make_bases  # noqa: E402
-from gguf_mutations import mutate, take_apart  # noqa: E402
+from gguf_mutations import mutate, put_together, take_apart  # noqa: E402
 
 from edge_mmllm._children import python_command  # noqa: E402
 from edge_mmllm.errors import BundleError, CheckpointError, CorruptBundle  # noqa: E402
@@ -152,6 +156,41 @@ def test_a_death_is_a_refusal(bases, tmp_path, monkeypatch) -> None:
         check_file(path)
     with pytest.raises(CorruptBundle, match=r"crashed on it \(signal 6\).*GGML_ASSERT"):
         gguf_trial.try_file(path, len(raw))
+
+
+def test_a_split_file_is_the_whole_one(bases, tmp_path) -> None:
+    sound = bases["llama gpt2"]
+    cut = len(sound.tensors) // 2
+    (start,) = struct.unpack("<Q", sound.tensors[cut][-8:])
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text)) + text.encode()
+
+    def says(number: int) -> list[bytes]:
+        return [
+            string("split.no") + struct.pack("<IH", 2, number),
+            string("split.count") + struct.pack("<IH", 2, 2),
+            string("split.tensors.count") + struct.pack("<Ii", 5, len(sound.tensors)),
+        ]
+
+    moved = [
+        t[:-8] + struct.pack("<Q", struct.unpack("<Q", t[-8:])[0] - start)
+        for t in sound.tensors[cut:]
+    ]
+    whole = tmp_path / "whole.gguf"
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    whole.write_bytes(sound.raw)
+    first, second = sound.data[:start], sound.data[start:]
+    parts[0].write_bytes(put_together([*sound.pairs, *says(0)], sound.tensors[:cut], first))
+    parts[1].write_bytes(put_together(says(1), moved, second))
+    found = []
+    for path in (parts[0], whole):
+        with edge_mmllm.load(path, threads=1) as session:
+            found.append(session.prefill([5, 6, 7]))
+    assert np.array_equal(*found)
+    parts[1].write_bytes(parts[1].read_bytes()[:-64])
+    with pytest.raises(CorruptBundle, match="truncated"):
+        edge_mmllm.load(parts[0])
 
 
 def test_the_exporters_reader(bases, tmp_path) -> None:
