@@ -65,13 +65,25 @@ def _rwkv(version: str, scratch: Path) -> Path:
     rwkv_models._Random.norm.__defaults__ = (128,)
     made = rwkv_models.blinkdl(version)
     if version == "6":
-        hub, more = rwkv_models.fla6(made), {"architectures": ["Rwkv6ForCausalLM"]}
+        hub, more = rwkv_models.fla6(made), {"architectures": ["RWKV6ForCausalLM"]}
     else:
-        hub, more = rwkv_models.fla7(made, fused=False), {"architectures": ["RWKV7ForCausalLM"]}
+        hub = rwkv_models.fla7(made, fused=False)
+        ranks = {"decay": 16, "a": 24, "gate": 32, "v": _rank(hub)}
+        more = {
+            "architectures": ["RWKV7ForCausalLM"], "num_hidden_layers": rwkv_models.LAYERS,
+            "hidden_size": 128, "intermediate_size": rwkv_models.FFN, "head_dim": 64,
+            "norm_eps": 1e-5, "vocab_size": rwkv_models.VOCAB,
+            **{f"{name}_low_rank_dim": rank for name, rank in ranks.items()},
+        }  # fmt: skip
     folder = scratch / f"rwkv{version}"
     folder.mkdir()
     rwkv_models.write_hub(folder, hub, model_type=f"rwkv{version}", group_norm_eps=64e-5, **more)
     return folder
+
+
+def _rank(tensors: dict[str, Any]) -> int:
+    """Of the second layer's value adapter."""
+    return int(tensors["model.layers.1.attn.v_lora.lora.0.weight"].shape[0])
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
