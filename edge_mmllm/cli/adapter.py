@@ -23,7 +23,7 @@ def command(source: str, lora: str, out: str, force: bool, as_json: bool) -> Non
     SRC is the checkpoint that the adapter was trained on, as of `export`. The GGUF export of that
     checkpoint, of any type, then runs with it: `run MODEL --lora FILE`.
     """
-    from edge_mmllm_export.gguf_adapter import write_adapter  # noqa: TID251
+    from edge_mmllm_export.gguf.adapter import write_adapter  # noqa: TID251
 
     with clean_termination():
         tensors = write_adapter(source, lora, out, force=force)

@@ -27,7 +27,7 @@ def command(
 
     SRC is as of `export`. The oracle reads the text and adds up what goes into each layer.
     """
-    from edge_mmllm_export.imatrix_collect import Calibration, compute_imatrix  # noqa: TID251
+    from edge_mmllm_export.gguf.imatrix_collect import Calibration, compute_imatrix  # noqa: TID251
 
     with clean_termination(), progress_bars(shown=not as_json) as progress:
         matrix = compute_imatrix(

@@ -56,6 +56,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="How --save-state holds it; f32 is exact.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["mlc-llm"]),
+    help="Run an MLC bundle of a transformer by an installed mlc_llm instead.",
+)
 @json_option
 def command(bundle: str, prompt: str, **given: Any) -> None:
     """Answer one prompt.
@@ -81,6 +86,7 @@ def command(bundle: str, prompt: str, **given: Any) -> None:
             raw=given["raw"],
             media=media_given(given),
             files=StateFiles(given["state"], given["save_state"], given["state_storage"]),
+            engine=given["engine"],
             write=(lambda piece: None) if as_json else writer(waiting.close),
             progress=lambda done, total: bars("prompt", done, total),
         )

@@ -231,7 +231,7 @@ def bundle_tensors(path: str | os.PathLike[str]) -> tuple[TensorRow, ...]:
 
 def _mlc_tensors(bundle: Bundle) -> tuple[TensorRow, ...]:
     """Raises: CorruptBundle."""
-    from edge_mmllm_runtime.mlc_weights import WeightFiles, read_views
+    from edge_mmllm_runtime.mlc.weights import WeightFiles, read_views
 
     uses: dict[str, list[str]] = {}
     views = read_views(bundle.manifest.engine_format)

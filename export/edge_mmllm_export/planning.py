@@ -11,7 +11,7 @@ from edge_mmllm.bundle import QuantGroup
 from edge_mmllm.errors import MemoryLimitExceeded, UsageError
 from edge_mmllm_export import verify
 from edge_mmllm_export.formats import FORMATS, Artefact, Inputs, Job
-from edge_mmllm_export.gguf_types import WORDS, GgufWord, Kind
+from edge_mmllm_export.gguf.types import WORDS, GgufWord, Kind
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme, component
 from edge_mmllm_export.weights import TILE_BYTES, Weight
 

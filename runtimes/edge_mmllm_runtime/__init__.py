@@ -29,8 +29,8 @@ __all__ = ["ENGINES", "load"]
 #: Engine name -> (module with `open_engine`, package it needs, extra that installs it).
 ENGINES = {
     "onnx": ("edge_mmllm_runtime.onnx", "onnxruntime", "runtime-onnx"),
-    "gguf": ("edge_mmllm_runtime.gguf", "llama_cpp", "gguf"),
-    "mlc": ("edge_mmllm_runtime.mlc", "tvm_ffi", "mlc"),
+    "gguf": ("edge_mmllm_runtime.gguf.engine", "llama_cpp", "gguf"),
+    "mlc": ("edge_mmllm_runtime.mlc.engine", "tvm_ffi", "mlc"),
 }
 
 #: Context of a session over a model whose state grows, unless asked for; bounds the address
@@ -55,7 +55,7 @@ def load(
 
     Args:
         path: the bundle's folder; or a GGUF file, which is first loaded in a child process, see
-            `gguf_file.py`.
+            `gguf/file.py`.
         engine: None: the one the manifest names.
         threads: None: what the CPU affinity and the cgroup's quota allow.
         context: tokens to make room for. None: the model's own context length, at most
@@ -85,7 +85,7 @@ def load(
     from edge_mmllm.bundle import open_bundle
     from edge_mmllm.profiling.machine import default_threads
     from edge_mmllm_runtime.engine import EngineOptions
-    from edge_mmllm_runtime.gguf_file import GgufFile, is_gguf, open_file
+    from edge_mmllm_runtime.gguf.file import GgufFile, is_gguf, open_file
     from edge_mmllm_runtime.session import Session
 
     if is_gguf(path):
@@ -101,7 +101,7 @@ def load(
     spec = source.spec
     grows = any(s.grows for s in spec.states)
     if name == "gguf":
-        from edge_mmllm_runtime.gguf import STATE
+        from edge_mmllm_runtime.gguf.engine import STATE
 
         grows = spec.context_length is not None
         spec = replace(spec, states=(STATE,))

@@ -1,7 +1,7 @@
 """LoRA adapters that are applied while a model runs: GGUF files beside a GGUF model.
 
 Nobody vouches for such a file either: a child process loads it with the model first, as it does
-with the model itself (`gguf_file.py`). `edge-mmllm adapter` makes one of a PEFT folder; an engine
+with the model itself (`gguf/file.py`). `edge-mmllm adapter` makes one of a PEFT folder; an engine
 without adapters at run time takes them merged (`edge-mmllm export --lora DIR`).
 """
 
@@ -129,7 +129,7 @@ def check(model: Path, adapters: Sequence[Adapter]) -> None:
 
 def main(model: str, adapter: str) -> None:
     """The child: loads both; prints `{}`, or what is wrong."""
-    from edge_mmllm_runtime.llama import Model
+    from edge_mmllm_runtime.gguf.llama import Model
 
     told: dict[str, str] = {}
     try:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from edge_mmllm.errors import Cancelled
+from edge_mmllm.errors import Cancelled, UsageError
 from edge_mmllm_runtime import generation, load
 from edge_mmllm_runtime.continuation import StateFiles, appended, following, settle
 from edge_mmllm_runtime.generation import Prompt
+from edge_mmllm_runtime.mlc import peer
 from edge_mmllm_runtime.perception import Timings
 from edge_mmllm_runtime.placing import Media, placeholders, question
 from edge_mmllm_runtime.reading import Progress
@@ -83,6 +84,7 @@ def run(
     raw: bool = False,
     media: Media | None = None,
     files: StateFiles | None = None,
+    engine: str | None = None,
     write: Write = lambda piece: None,
     progress: Progress | None = None,
 ) -> Answer:
@@ -95,6 +97,7 @@ def run(
         threads, context, lora, mmproj: see `load`.
         media: modality (`image`, ...) -> files, asked about: see `Session.generate`.
         files: state files to go on from (the prompt is then what comes next) and to leave behind.
+        engine: `mlc-llm` for an installed mlc_llm (see `mlc/peer.py`); None for the bundle's own.
         write: gets the answer piece by piece.
         progress: see `Session.prefill`.
 
@@ -104,6 +107,14 @@ def run(
     """
     files = files or StateFiles()
     files.check()
+    if engine is not None:
+        pictures = any((media or {}).values())
+        if pictures or any((threads, context, lora, mmproj, files.load, files.save)):
+            raise UsageError(
+                "mlc-llm answers a text and no more",
+                expected="no threads, context, adapter, picture or state with --engine",
+            )
+        return peer.answer(path, prompt, settings or AnswerSettings(), raw=raw, write=write)
     started = time.perf_counter()
     with load(path, threads=threads, context=context, lora=lora, mmproj=mmproj) as session:
         session.perception.keep_stages = False  # there is one prompt

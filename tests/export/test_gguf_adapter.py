@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from test_lora import adapter
 
 from edge_mmllm.errors import OutputExists, TensorMismatch, UnsupportedArchitecture, UsageError
-from edge_mmllm_export.gguf_adapter import write_adapter
-from edge_mmllm_export.gguf_layout import Wanted, layout
+from edge_mmllm_export.gguf.adapter import write_adapter
+from edge_mmllm_export.gguf.layout import Wanted, layout
 from edge_mmllm_export.models import build
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import bind

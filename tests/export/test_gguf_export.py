@@ -19,14 +19,16 @@ from test_gguf_models import write_gguf
 from edge_mmllm.errors import CheckpointError, ExportError, UnsupportedArchitecture, UsageError
 from edge_mmllm.spec import TextSpec
 from edge_mmllm.text import Text
-from edge_mmllm_export import exporter, gguf_maps, gguf_types
-from edge_mmllm_export import gguf as ours
+from edge_mmllm_export import exporter
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import TextAssets
 from edge_mmllm_export.checkpoints.gguf_text import gguf_text
-from edge_mmllm_export.gguf_layout import Wanted
-from edge_mmllm_export.gguf_stored import as_stored
-from edge_mmllm_export.gguf_vocab import vocabulary
+from edge_mmllm_export.gguf import maps as gguf_maps
+from edge_mmllm_export.gguf import types as gguf_types
+from edge_mmllm_export.gguf import write as ours
+from edge_mmllm_export.gguf.layout import Wanted
+from edge_mmllm_export.gguf.stored import as_stored
+from edge_mmllm_export.gguf.vocab import vocabulary
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
 

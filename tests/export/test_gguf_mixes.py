@@ -21,10 +21,14 @@ from references import ROOT, load
 
 from edge_mmllm.cli import export as cli
 from edge_mmllm.errors import ExportError, MissingDependency, OutOfSpace, UsageError
-from edge_mmllm_export import exporter, gguf_layout, gguf_mixes, gguf_types, imatrix
-from edge_mmllm_export import gguf as ours
-from edge_mmllm_export.gguf_layout import Wanted
-from edge_mmllm_export.imatrix import Entry, Imatrix
+from edge_mmllm_export import exporter
+from edge_mmllm_export.gguf import imatrix
+from edge_mmllm_export.gguf import layout as gguf_layout
+from edge_mmllm_export.gguf import mixes as gguf_mixes
+from edge_mmllm_export.gguf import types as gguf_types
+from edge_mmllm_export.gguf import write as ours
+from edge_mmllm_export.gguf.imatrix import Entry, Imatrix
+from edge_mmllm_export.gguf.layout import Wanted
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan, Scheme
 from edge_mmllm_export.weights import Parameter, Source, Weight

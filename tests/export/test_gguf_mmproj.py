@@ -13,9 +13,9 @@ from family_files import FOLDER, NAMES
 from gguf import GGUFReader
 
 from edge_mmllm.errors import UnsupportedArchitecture
-from edge_mmllm_export import gguf_mmproj
 from edge_mmllm_export.exporter import export
-from edge_mmllm_export.gguf_maps import GgufMap, gguf_map
+from edge_mmllm_export.gguf import mmproj as gguf_mmproj
+from edge_mmllm_export.gguf.maps import GgufMap, gguf_map
 from edge_mmllm_export.models import build
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan

@@ -15,11 +15,11 @@ from references import FOLDER, load
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, OutputExists, UsageError
 from edge_mmllm.spec import TextSpec
-from edge_mmllm_export import imatrix, imatrix_collect
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import TextAssets
-from edge_mmllm_export.imatrix import Entry, Imatrix
-from edge_mmllm_export.imatrix_collect import Calibration, collect, compute_imatrix
+from edge_mmllm_export.gguf import imatrix, imatrix_collect
+from edge_mmllm_export.gguf.imatrix import Entry, Imatrix
+from edge_mmllm_export.gguf.imatrix_collect import Calibration, collect, compute_imatrix
 
 BYTES = TextAssets(TextSpec("bytes"))
 

@@ -13,10 +13,10 @@ from edge_mmllm.spec import TextSpec
 from edge_mmllm.text import Text
 from edge_mmllm_export.checkpoints import open_checkpoint
 from edge_mmllm_export.checkpoints.base import TextAssets
-from edge_mmllm_export.mlc_config import chat_config, world_file
-from edge_mmllm_export.mlc_conversation import conversation, prompt
-from edge_mmllm_export.mlc_maps import mlc_map
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS
+from edge_mmllm_export.mlc.config import chat_config, world_file
+from edge_mmllm_export.mlc.conversation import conversation, prompt
+from edge_mmllm_export.mlc.maps import mlc_map
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS
 
 #: Fields of mlc-llm's `MLCChatConfig`.
 FIELDS = {

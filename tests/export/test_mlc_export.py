@@ -11,11 +11,12 @@ from references import FOLDER
 from edge_mmllm.bundle import open_bundle, verify_bundle
 from edge_mmllm.errors import MemoryLimitExceeded, MissingDependency, UsageError
 from edge_mmllm.inspection import inspect_bundle
-from edge_mmllm_export import exporter, mlc_compile
+from edge_mmllm_export import exporter
 from edge_mmllm_export.inspection import bundle_tensors
+from edge_mmllm_export.mlc import compile as mlc_compile
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.quantize.schemes import QuantPlan
-from edge_mmllm_runtime.mlc_weights import WeightFiles, read_views
+from edge_mmllm_runtime.mlc.weights import WeightFiles, read_views
 
 needs_no_tvm = pytest.mark.skipif(
     importlib.util.find_spec("tvm") is not None, reason="says what is missing where TVM is not"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_mmllm.errors import ExportError, UsageError
-from edge_mmllm_export.mlc_link import COMMAND, Linker, find_linker
-from edge_mmllm_export.mlc_targets import TARGETS
+from edge_mmllm_export.mlc.link import COMMAND, Linker, find_linker
+from edge_mmllm_export.mlc.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts stand in")
 ARM64, ARMV7, ANDROID = (TARGETS[n] for n in ("aarch64", "armv7", "aarch64-android"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edge_mmllm.errors import ExportError
-from edge_mmllm_export.mlc_quant import quantize, stored_scales
-from edge_mmllm_runtime.mlc_weights import (
+from edge_mmllm_export.mlc.quant import quantize, stored_scales
+from edge_mmllm_runtime.mlc.weights import (
     QUANTIZATIONS,
     dequantize,
     from_bfloat16,

@@ -14,10 +14,11 @@ import rwkv_models
 import safetensors.numpy
 from references import DATA, FOLDER, ROOT, load
 
-from edge_mmllm_export import mlc, mlc_write
 from edge_mmllm_export.checkpoints import open_checkpoint
+from edge_mmllm_export.mlc import layout as mlc
+from edge_mmllm_export.mlc import write as mlc_write
 from edge_mmllm_export.oracle import Oracle
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS, WeightFiles
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS, WeightFiles
 
 LAYER = "model.layers.{i}"
 LLAMA = (

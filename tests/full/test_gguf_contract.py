@@ -88,7 +88,7 @@ class GgufToy:
     reference: Callable[[np.ndarray], np.ndarray]
 
     def session(self, context: int | None = None, *, chunk: int = 512, sha: str = "0" * 64):
-        from edge_mmllm_runtime.gguf import GgufEngine
+        from edge_mmllm_runtime.gguf.engine import GgufEngine
         from edge_mmllm_runtime.session import Session
 
         room = context or self.spec.context_length
@@ -153,7 +153,7 @@ def made(request, tmp_path_factory) -> GgufToy:
     from edge_mmllm_export.planning import ExportOptions
     from edge_mmllm_export.quantize.schemes import QuantPlan
     from edge_mmllm_export.weights import bind
-    from edge_mmllm_runtime.gguf import STATE
+    from edge_mmllm_runtime.gguf.engine import STATE
 
     folder = tmp_path_factory.mktemp("contract")
     source = folder / request.param
@@ -188,7 +188,7 @@ def toy(made: GgufToy, monkeypatch) -> GgufToy:
 
 
 def test_a_cache_that_grows_step_by_step(toy, monkeypatch) -> None:
-    from edge_mmllm_runtime import gguf
+    from edge_mmllm_runtime.gguf import engine as gguf
 
     monkeypatch.setattr(gguf, "FIRST_CONTEXT", 8)
     ids = test_context.IDS

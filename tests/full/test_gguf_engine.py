@@ -315,19 +315,19 @@ def test_files_that_llama_refuses(files, tmp_path) -> None:
         ("import sys; print('[' * 10**6); sys.exit()", "crashed on it"),
         ("import time; time.sleep(60)", "not loaded within 1 s"),
         (
-            "from edge_mmllm_runtime import gguf_trial as t; t.describe = lambda _: b'x' * 2**33;"
+            "from edge_mmllm_runtime.gguf import trial as t; t.describe = lambda _: b'x' * 2**33;"
             "t.main('x', 0)",
             "MemoryError",
         ),
         (
-            "from edge_mmllm_runtime import gguf_trial as t, llama; import os\n"
+            "from edge_mmllm_runtime.gguf import llama, trial as t; import os\n"
             "t._confine(0)\nwhile True: os.write(2, bytes(1 << 20))",
             "crashed on it|signal 25|File too large",
         ),
     ],
 )
 def test_what_becomes_of_the_child(files, monkeypatch, code, message) -> None:
-    from edge_mmllm_runtime import gguf_trial
+    from edge_mmllm_runtime.gguf import trial as gguf_trial
 
     python = gguf_trial.python_command
     monkeypatch.setattr(gguf_trial, "python_command", lambda _: python(code))
@@ -337,7 +337,7 @@ def test_what_becomes_of_the_child(files, monkeypatch, code, message) -> None:
 
 
 def test_a_file_that_changes_meanwhile(files, tmp_path, monkeypatch) -> None:
-    from edge_mmllm_runtime import gguf_file
+    from edge_mmllm_runtime.gguf import file as gguf_file
 
     path = tmp_path / "model.gguf"
     path.write_bytes(files["rwkv7"].read_bytes())
@@ -354,7 +354,7 @@ def test_a_file_that_changes_meanwhile(files, tmp_path, monkeypatch) -> None:
 
 
 def test_what_is_no_decoder_alone(files, monkeypatch) -> None:
-    from edge_mmllm_runtime import gguf_file
+    from edge_mmllm_runtime.gguf import file as gguf_file
 
     monkeypatch.setattr(gguf_file, "try_file", lambda *_: {"unsupported": "t5"})
     with pytest.raises(UnsupportedBundle, match="t5"):

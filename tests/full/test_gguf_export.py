@@ -18,8 +18,10 @@ import rwkv_models  # noqa: E402
 from references import DATA, FOLDER, load  # noqa: E402
 
 from edge_mmllm.text import Text  # noqa: E402
-from edge_mmllm_export import exporter, gguf, gguf_vocab  # noqa: E402
+from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.checkpoints import open_checkpoint  # noqa: E402
+from edge_mmllm_export.gguf import vocab as gguf_vocab  # noqa: E402
+from edge_mmllm_export.gguf import write as gguf  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
 

@@ -2,7 +2,7 @@
 
 Validation sees all of them here, in this process. What it lets through is loaded by llama.cpp in
 a child, as `load` does; one child takes many files, and a new one is started where it dies. What
-it dies of is counted: `load` reports it as an error, and a rule of `gguf_check.py` should have
+it dies of is counted: `load` reports it as an error, and a rule of `gguf/check.py` should have
 refused it first.
 """
 
@@ -32,8 +32,8 @@ from gguf_mutations import mutate, put_together, take_apart  # noqa: E402
 from edge_mmllm._children import python_command  # noqa: E402
 from edge_mmllm.errors import BundleError, CheckpointError, CorruptBundle  # noqa: E402
 from edge_mmllm_export.checkpoints import open_checkpoint  # noqa: E402
-from edge_mmllm_runtime import gguf_trial  # noqa: E402
-from edge_mmllm_runtime.gguf_check import BLOCKS, check_file  # noqa: E402
+from edge_mmllm_runtime.gguf import trial as gguf_trial  # noqa: E402
+from edge_mmllm_runtime.gguf.check import BLOCKS, check_file  # noqa: E402
 
 MUTATIONS, SEED = 10_000, 1_000_000
 PATIENCE_S = 60
@@ -42,7 +42,7 @@ _LOADER = """
 import os, sys
 from pathlib import Path
 from edge_mmllm.errors import EdgeError
-from edge_mmllm_runtime import gguf_trial
+from edge_mmllm_runtime.gguf import trial as gguf_trial
 gguf_trial.die_with_parent()
 gguf_trial._confine(0)
 answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -25,7 +25,7 @@ def made(name: str, folder: Path) -> tuple[Path, Path, Path]:
 
     from edge_mmllm_export.checkpoints import open_checkpoint
     from edge_mmllm_export.exporter import export
-    from edge_mmllm_export.gguf_adapter import write_adapter
+    from edge_mmllm_export.gguf.adapter import write_adapter
     from edge_mmllm_export.planning import ExportOptions
     from edge_mmllm_export.quantize.schemes import QuantPlan
 
@@ -77,7 +77,7 @@ def test_states_belong_to_the_model_with_its_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_outlives_a_larger_context(tmp_path: Path, monkeypatch) -> None:
-    from edge_mmllm_runtime import gguf
+    from edge_mmllm_runtime.gguf import engine as gguf
 
     plain, lora, merged = made("llama", tmp_path)
     monkeypatch.setattr(gguf, "FIRST_CONTEXT", 8)

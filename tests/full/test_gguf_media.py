@@ -28,7 +28,7 @@ from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
 from edge_mmllm_export.verify_media import OracleStages  # noqa: E402
-from edge_mmllm_runtime import gguf_media  # noqa: E402
+from edge_mmllm_runtime.gguf import media as gguf_media  # noqa: E402
 from edge_mmllm_runtime.media import reader_of  # noqa: E402
 
 NAMES = ("llava", "llava-siglip", "llava-next", "llava-next-llama", "idefics3", "smolvlm",

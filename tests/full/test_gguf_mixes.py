@@ -21,13 +21,17 @@ from references import DATA, load  # noqa: E402
 
 from edge_mmllm.errors import ExportError  # noqa: E402
 from edge_mmllm.spec import TextSpec  # noqa: E402
-from edge_mmllm_export import exporter, gguf, gguf_stored, gguf_types, imatrix  # noqa: E402
+from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.checkpoints.base import TextAssets  # noqa: E402
-from edge_mmllm_export.gguf_layout import Wanted  # noqa: E402
-from edge_mmllm_export.imatrix_collect import Calibration, collect  # noqa: E402
+from edge_mmllm_export.gguf import imatrix  # noqa: E402
+from edge_mmllm_export.gguf import stored as gguf_stored  # noqa: E402
+from edge_mmllm_export.gguf import types as gguf_types  # noqa: E402
+from edge_mmllm_export.gguf import write as gguf  # noqa: E402
+from edge_mmllm_export.gguf.imatrix_collect import Calibration, collect  # noqa: E402
+from edge_mmllm_export.gguf.layout import Wanted  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
-from edge_mmllm_runtime.llama import Model  # noqa: E402
+from edge_mmllm_runtime.gguf.llama import Model  # noqa: E402
 
 BYTES = TextAssets(TextSpec("bytes"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs data not in the repository")

@@ -24,7 +24,7 @@ from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
 from edge_mmllm_runtime.answer import run  # noqa: E402
-from edge_mmllm_runtime.gguf_native import MARK  # noqa: E402
+from edge_mmllm_runtime.gguf.native import MARK  # noqa: E402
 
 
 def files(source: Path, folder: Path) -> tuple[Path, Path]:

@@ -18,7 +18,7 @@ from edge_mmllm.errors import UnsupportedArchitecture, UsageError  # noqa: E402
 from edge_mmllm_export import exporter  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
-from edge_mmllm_runtime.llama import Model  # noqa: E402
+from edge_mmllm_runtime.gguf.llama import Model  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "goldens" / "encoder_decoders"
 NAMES = ("t5", "flan-t5")

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
 from edge_mmllm_export.exporter import export  # noqa: E402
-from edge_mmllm_export.mlc_link import find_linker  # noqa: E402
-from edge_mmllm_export.mlc_targets import target_of  # noqa: E402
+from edge_mmllm_export.mlc.link import find_linker  # noqa: E402
+from edge_mmllm_export.mlc.targets import target_of  # noqa: E402
 from edge_mmllm_export.planning import ExportOptions  # noqa: E402
 from edge_mmllm_export.quantize.schemes import QuantPlan  # noqa: E402
 

@@ -110,7 +110,7 @@ class MlcToy:
 
     def session(self, context: int | None = None, *, chunk: int = 512, sha: str = "0" * 64):
         from edge_mmllm_runtime.engine import EngineOptions
-        from edge_mmllm_runtime.mlc import open_engine
+        from edge_mmllm_runtime.mlc.engine import open_engine
         from edge_mmllm_runtime.session import Session
 
         room = context or self.spec.context_length
@@ -184,8 +184,8 @@ def made(request, tmp_path_factory) -> MlcToy:
     model = build(checkpoint)
     sources = model.sources(checkpoint.layout)
     weights = bind(checkpoint, model.parameters(), sources, ignored=model.ignored())
-    from edge_mmllm_export import mlc
-    from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS
+    from edge_mmllm_export.mlc import layout as mlc
+    from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS
 
     files = mlc.layout(model, weights, QUANTIZATIONS["q0f32"])
     oracle = Oracle(model, mlc.as_stored(files, weights), keep_weights=True)

@@ -24,18 +24,19 @@ from edge_mmllm_export.models import build
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.weights import Weight, bind
-from edge_mmllm_runtime.mlc_machine import machine_flags, runnable
-from edge_mmllm_runtime.mlc_parameters import library_path
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS, WeightFiles
+from edge_mmllm_runtime.mlc.machine import machine_flags, runnable
+from edge_mmllm_runtime.mlc.parameters import library_path
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS, WeightFiles
 
 pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
-from edge_mmllm_export import mlc, mlc_write  # noqa: E402
-from edge_mmllm_export.mlc_library import compile_library  # noqa: E402
-from edge_mmllm_export.mlc_targets import target_of  # noqa: E402
+from edge_mmllm_export.mlc import layout as mlc  # noqa: E402
+from edge_mmllm_export.mlc import write as mlc_write  # noqa: E402
+from edge_mmllm_export.mlc.library import compile_library  # noqa: E402
+from edge_mmllm_export.mlc.targets import target_of  # noqa: E402
 from edge_mmllm_export.ops.relax_params import layouts_of  # noqa: E402
-from edge_mmllm_runtime.mlc import MlcEngine  # noqa: E402
+from edge_mmllm_runtime.mlc.engine import MlcEngine  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "export"))
@@ -249,7 +250,7 @@ def test_native_runs_here_and_an_unknown_cpu_does_not() -> None:
 
 def test_the_runtime_needs_no_compiler(compiled: Case) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom edge_mmllm_runtime.mlc_vm import Library\n"
+        "import sys\nfrom pathlib import Path\nfrom edge_mmllm_runtime.mlc.vm import Library\n"
         f"library = Library(Path({str(compiled.library)!r}), 2)\nlibrary.ready()\n"
         "assert library.metadata['functions']['decode']['inputs'][0] == 'input_ids'\n"
         "assert 'tvm' not in sys.modules\n"

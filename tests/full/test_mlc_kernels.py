@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_mmllm.errors import UnsupportedBundle
-from edge_mmllm_runtime.mlc_packing import Packing, pack_float, pack_q4, unpack
+from edge_mmllm_runtime.mlc.packing import Packing, pack_float, pack_q4, unpack
 
 pytestmark = pytest.mark.full
 tvm = pytest.importorskip(

@@ -15,16 +15,17 @@ from edge_mmllm_export.families.composite import Composite, scoped
 from edge_mmllm_export.models import build
 from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.weights import bind
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS, WeightFiles
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS, WeightFiles
 
 pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
-from edge_mmllm_export import mlc, mlc_write  # noqa: E402
-from edge_mmllm_export.mlc_library import compile_library  # noqa: E402
-from edge_mmllm_export.mlc_targets import target_of  # noqa: E402
+from edge_mmllm_export.mlc import layout as mlc  # noqa: E402
+from edge_mmllm_export.mlc import write as mlc_write  # noqa: E402
+from edge_mmllm_export.mlc.library import compile_library  # noqa: E402
+from edge_mmllm_export.mlc.targets import target_of  # noqa: E402
 from edge_mmllm_export.ops.relax_params import layouts_of  # noqa: E402
-from edge_mmllm_runtime.mlc import MlcEngine  # noqa: E402
+from edge_mmllm_runtime.mlc.engine import MlcEngine  # noqa: E402
 
 FAMILIES = Path(__file__).parents[2] / "tests/goldens/families"
 TOLERANCE = 2e-3

@@ -32,20 +32,20 @@ from edge_mmllm_export.weights import bind
 pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
-from edge_mmllm_export.mlc_library import build_library  # noqa: E402
-from edge_mmllm_export.mlc_quant import quantize  # noqa: E402
-from edge_mmllm_export.mlc_targets import target_of  # noqa: E402
+from edge_mmllm_export.mlc.library import build_library  # noqa: E402
+from edge_mmllm_export.mlc.quant import quantize  # noqa: E402
+from edge_mmllm_export.mlc.targets import target_of  # noqa: E402
 from edge_mmllm_export.ops.relax_params import layouts_of  # noqa: E402
 from edge_mmllm_export.ops.tir.isa import Isa  # noqa: E402
-from edge_mmllm_export.standalone import (  # noqa: E402
+from edge_mmllm_export.standalone.build import (  # noqa: E402
     KERNELS,
     LIBRARY,
     WEIGHTS,
     Standalone,
     write_standalone,
 )
-from edge_mmllm_runtime.mlc_parameters import packed  # noqa: E402
-from edge_mmllm_runtime.mlc_weights import (  # noqa: E402
+from edge_mmllm_runtime.mlc.parameters import packed  # noqa: E402
+from edge_mmllm_runtime.mlc.weights import (  # noqa: E402
     QUANTIZATIONS,
     from_bfloat16,
     to_bfloat16,

@@ -13,13 +13,13 @@ from edge_mmllm_export.oracle import Oracle
 from edge_mmllm_export.planning import ExportOptions
 from edge_mmllm_export.weights import bind
 from edge_mmllm_runtime import load
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS
 
 pytestmark = pytest.mark.full
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'")
 
-from edge_mmllm_export import mlc  # noqa: E402
 from edge_mmllm_export.exporter import export  # noqa: E402
+from edge_mmllm_export.mlc import layout as mlc  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "goldens/encoder_decoders"
 TOLERANCE = 2e-3

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from edge_mmllm_export.checkpoints import open_checkpoint
-from edge_mmllm_export.mlc_quant import quantize
+from edge_mmllm_export.mlc.quant import quantize
 from edge_mmllm_export.models import build
 from edge_mmllm_export.weights import Weight, bind
-from edge_mmllm_runtime.mlc_weights import QUANTIZATIONS
+from edge_mmllm_runtime.mlc.weights import QUANTIZATIONS
 
 pytestmark = [
     pytest.mark.full,
@@ -33,7 +33,8 @@ tvm = pytest.importorskip(
 from tvm import te, tirx  # noqa: E402
 from tvm.contrib import tvmjs  # noqa: E402
 
-from edge_mmllm_export import mlc, mlc_write  # noqa: E402
+from edge_mmllm_export.mlc import layout as mlc  # noqa: E402
+from edge_mmllm_export.mlc import write as mlc_write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -30,7 +30,7 @@ tvm = pytest.importorskip(
     "tvm", reason="apache-tvm is not installed: pip install 'edge-mmllm[mlc]'"
 )
 
-from edge_mmllm_export.relax_module import RelaxRunner, build_float  # noqa: E402
+from edge_mmllm_export.mlc.in_process import RelaxRunner, build_float  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = ROOT / "tests/goldens/references"
@@ -288,7 +288,7 @@ def test_lowering_needs_no_other_extra() -> None:
     blocked = ("onnx", "onnxruntime", "torch", "transformers", "safetensors", "gguf")
     script = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-        "import edge_mmllm_export.ops.relax, edge_mmllm_export.relax_module\n"
+        "import edge_mmllm_export.ops.relax, edge_mmllm_export.mlc.in_process\n"
     )
     path = [str(ROOT), str(ROOT / "export")]
     subprocess.run(

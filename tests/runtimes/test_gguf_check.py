@@ -12,7 +12,7 @@ from gguf_bases import make_bases
 from gguf_mutations import mutate, put_together, take_apart
 
 from edge_mmllm.errors import BundleError, CorruptBundle
-from edge_mmllm_runtime.gguf_check import check_file
+from edge_mmllm_runtime.gguf.check import check_file
 
 SEEDS = range(800)
 
@@ -203,7 +203,7 @@ def test_a_damaged_file_in_a_bundle_of_ours(tmp_path) -> None:
     from edge_mmllm_export.exporter import ExportOptions, export
     from edge_mmllm_export.quantize.schemes import QuantPlan
     from edge_mmllm_runtime.engine import EngineOptions
-    from edge_mmllm_runtime.gguf import open_engine
+    from edge_mmllm_runtime.gguf.engine import open_engine
 
     source = Path(__file__).resolve().parents[1] / "goldens" / "references" / "llama"
     out = tmp_path / "out"

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from edge_mmllm_runtime import gguf_exact, gguf_sound
-from edge_mmllm_runtime.gguf_media import patches_of
-from edge_mmllm_runtime.gguf_places import TOKEN_BYTES, Places
+from edge_mmllm_runtime.gguf import exact as gguf_exact
+from edge_mmllm_runtime.gguf import sound as gguf_sound
+from edge_mmllm_runtime.gguf.media import patches_of
+from edge_mmllm_runtime.gguf.places import TOKEN_BYTES, Places
 from edge_mmllm_runtime.prompted import Prompted, Span, parts
 
 #: Three tokens, a picture of 2 by 3 rows, two tokens.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_mmllm.errors import BundleError, CorruptBundle, UnsafeBundle, UsageError
-from edge_mmllm_runtime.mlc_weights import View, WeightFiles, read_views
+from edge_mmllm_runtime.mlc.weights import View, WeightFiles, read_views
 
 #: One file: float16 at an odd place, bfloat16, words, raw float32.
 HALF = np.arange(3, dtype="<f2") / 2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_mmllm.errors import CheckpointError, CorruptCheckpoint, MissingDependency
-from edge_mmllm_runtime.gguf_header import Faults, GgufTensor, read_header
+from edge_mmllm_runtime.gguf.header import Faults, GgufTensor, read_header
 
 from .base import Float32, Layout, TensorInfo, TextAssets
 from .files import (

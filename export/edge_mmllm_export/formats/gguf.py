@@ -13,14 +13,17 @@ from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UsageError
 from edge_mmllm.spec import Stage, StateSpec
-from edge_mmllm_export import gguf, gguf_mixes, gguf_mmproj, imatrix_collect
 from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
-from edge_mmllm_export.gguf_layout import GgufFile, Wanted, layout_of
-from edge_mmllm_export.gguf_stored import as_stored, as_stored_of
-from edge_mmllm_export.gguf_types import BITS, MIXES, GgufWord
-from edge_mmllm_export.imatrix import read as read_imatrix
-from edge_mmllm_export.imatrix_collect import Calibration, collect
+from edge_mmllm_export.gguf import imatrix_collect
+from edge_mmllm_export.gguf import mixes as gguf_mixes
+from edge_mmllm_export.gguf import mmproj as gguf_mmproj
+from edge_mmllm_export.gguf import write as gguf
+from edge_mmllm_export.gguf.imatrix import read as read_imatrix
+from edge_mmllm_export.gguf.imatrix_collect import Calibration, collect
+from edge_mmllm_export.gguf.layout import GgufFile, Wanted, layout_of
+from edge_mmllm_export.gguf.stored import as_stored, as_stored_of
+from edge_mmllm_export.gguf.types import BITS, MIXES, GgufWord
 from edge_mmllm_export.ops.base import Architecture
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.verify import plan_scheme
@@ -41,7 +44,7 @@ class GgufArtefact:
 
     Attributes:
         importance: for what llama.cpp quantizes.
-        beside: encoders and projectors, of a multimodal model (`gguf_mmproj`).
+        beside: encoders and projectors, of a multimodal model (`gguf.mmproj`).
     """
 
     job: Job

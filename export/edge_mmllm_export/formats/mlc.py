@@ -14,16 +14,17 @@ from edge_mmllm.bundle import BundleWriter, QuantGroup
 from edge_mmllm.bundle.manifest import Engine
 from edge_mmllm.errors import UnsupportedArchitecture, UsageError
 from edge_mmllm.spec import Stage, StateSpec
-from edge_mmllm_export import mlc, mlc_compile
 from edge_mmllm_export.families.composite import Composite
 from edge_mmllm_export.formats.base import Advance, Job, Written
-from edge_mmllm_export.mlc_config import CONFIG, WORLD, chat_config, world_file
-from edge_mmllm_export.mlc_write import write
+from edge_mmllm_export.mlc import compile as mlc_compile
+from edge_mmllm_export.mlc import layout as mlc
+from edge_mmllm_export.mlc.config import CONFIG, WORLD, chat_config, world_file
+from edge_mmllm_export.mlc.write import write
 from edge_mmllm_export.ops.base import Architecture, EncoderDecoder
 from edge_mmllm_export.quantize.schemes import QuantPlan
 from edge_mmllm_export.weights import Weight
 from edge_mmllm_runtime import ENGINES
-from edge_mmllm_runtime.mlc_weights import INDEX
+from edge_mmllm_runtime.mlc.weights import INDEX
 
 if TYPE_CHECKING:
     from edge_mmllm_export.planning import ExportOptions

@@ -31,7 +31,7 @@ from edge_mmllm_export.ops.relax_vision import RelaxVision
 from edge_mmllm_export.ops.tir import scan
 from edge_mmllm_export.ops.tir.isa import Isa
 from edge_mmllm_export.weights import Weight
-from edge_mmllm_runtime.mlc_packing import Packing
+from edge_mmllm_runtime.mlc.packing import Packing
 
 #: The packing of small tables that kernels read by vectors.
 PACKED = "f32"

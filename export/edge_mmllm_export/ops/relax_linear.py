@@ -13,7 +13,7 @@ from tvm import relax
 
 from edge_mmllm_export.ops.tir import linear as kernels
 from edge_mmllm_export.ops.tir.isa import Isa
-from edge_mmllm_runtime.mlc_packing import Packing
+from edge_mmllm_runtime.mlc.packing import Packing
 
 #: A Relax variable (tvm ships no type hints).
 Value = Any

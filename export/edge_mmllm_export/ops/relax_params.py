@@ -1,9 +1,9 @@
 """What the compiled functions of a model library take beside inputs and states: its parameters.
 
 A weight of ours is read from the weight files under its own name, or as `NAME.q_weight` and
-`NAME.q_scale` (`edge_mmllm_runtime.mlc_weights` finds them, whatever they are called there). A
+`NAME.q_scale` (`edge_mmllm_runtime.mlc.weights` finds them, whatever they are called there). A
 parameter of the functions is made of it once, when a library is loaded: vectors become float32,
-matrices what the kernels read (`edge_mmllm_runtime.mlc_packing`).
+matrices what the kernels read (`edge_mmllm_runtime.mlc.packing`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edge_mmllm_export.weights import Weight
-from edge_mmllm_runtime.mlc_packing import Packing
+from edge_mmllm_runtime.mlc.packing import Packing
 
 #: Layout of what is no matrix, or is read number by number.
 FLOAT32 = "float32"

@@ -28,7 +28,7 @@ from edge_mmllm_export.ops.relax_build import (
     serial,
     total,
 )
-from edge_mmllm_runtime.mlc_packing import ROWS, Packing
+from edge_mmllm_runtime.mlc.packing import ROWS, Packing
 
 
 @cache

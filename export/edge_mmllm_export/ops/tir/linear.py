@@ -1,4 +1,4 @@
-"""Products with packed matrices (`edge_mmllm_runtime.mlc_packing`), for one token and for many.
+"""Products with packed matrices (`edge_mmllm_runtime.mlc.packing`), for one token and for many.
 
 Activations are quantized to 8 bits, each block along K by its own largest value, and multiplied in
 integers (`exact` keeps them float32). A tile is 16 rows of W against some rows of x: each unpacked
@@ -20,7 +20,7 @@ from tvm.tirx import Var
 
 from edge_mmllm_export.ops.tir import vector
 from edge_mmllm_export.ops.tir.isa import Expr, Isa, block_sum
-from edge_mmllm_runtime.mlc_packing import ROWS, Packing
+from edge_mmllm_runtime.mlc.packing import ROWS, Packing
 
 #: Packed bytes below which another thread costs more than it does.
 _PARALLEL_BYTES = 160 << 10

@@ -1,7 +1,7 @@
 """What runs along the tokens channel by channel: Mamba's scan, and the short convolution.
 
 A thread takes some channels through all tokens, their state in registers meanwhile. Weights come
-packed as `f32` (`edge_mmllm_runtime.mlc_packing`): 16 channels side by side.
+packed as `f32` (`edge_mmllm_runtime.mlc.packing`): 16 channels side by side.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm.tirx import Var
 
 from edge_mmllm_export.ops.tir import vector
 from edge_mmllm_export.ops.tir.isa import Expr, Isa
-from edge_mmllm_runtime.mlc_packing import ROWS, Packing
+from edge_mmllm_runtime.mlc.packing import ROWS, Packing
 
 #: States of a channel that are kept in registers and unrolled; more are looped over.
 _UNROLLED = 16
