@@ -26,8 +26,8 @@ from accuracy import MODELS, NAMES, QUESTION, idx
 from numpy.typing import NDArray
 
 import edge_mmllm
-from edge_mmllm_runtime import gguf_media
-from edge_mmllm_runtime.gguf_stages import Stages
+from edge_mmllm_runtime.gguf import media as gguf_media
+from edge_mmllm_runtime.gguf.stages import Stages
 from edge_mmllm_runtime.session import Session
 
 MODEL = "tiny-llava"
