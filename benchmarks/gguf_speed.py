@@ -1,15 +1,19 @@
-"""Our session over GGUF files beside a bare loop over llama.cpp's C API, in one process, by turns.
+"""Our session over GGUF files beside a bare loop over llama.cpp's C API, by turns.
 
 The bare loop is `Bare`: `llama_decode`, an arg-max over the logits where they lie, the next
 `llama_decode`; nothing is checked, remembered or offered. Ours is what a user calls:
 `session.prefill` and `session.generate_tokens`. Both compute on the same file with the same
-threads, the bare loop with llama.cpp's own settings. Beside the wall time, the CPU time of this
-process is compared: what others do on the machine hardly touches it.
+threads, the bare loop with llama.cpp's own settings. Both are in one process, and in several
+processes one after another: where the two copies of the model happen to lie in memory makes either
+of them some 4 % faster for the whole life of a process. Each process therefore lays its memory out
+anew, and makes the one or the other first. Beside the wall time, the CPU time of this process is
+compared: what others do on the machine hardly touches it.
 
 Restore: a state of a recurrent model after 512 tokens is set aside, the session goes elsewhere and
 comes back; the greedy continuation must be the same tokens, from memory and from a `.state` file.
 
-    python benchmarks/gguf_speed.py [--only NAME ...] [--rounds 15] [--publish]
+    python benchmarks/gguf_speed.py [--only NAME ...] [--processes 8] [--rounds 4]
+        [--publish]
 """
 
 from __future__ import annotations
@@ -89,13 +93,17 @@ def _timed(call: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu
 
 
-def child(path: str, threads: int, rounds: int, restores: int) -> dict[str, Any]:
-    """Everything about one file, in a process that has llama.cpp."""
+def child(path: str, threads: int, rounds: int, restores: int, seed: int) -> dict[str, Any]:
+    """Everything about one file, in a process that has llama.cpp; `seed`: of its memory."""
     import edge_mmllm
 
+    draw = np.random.default_rng(seed)
+    between = [np.ones(int(size), np.uint8) for size in draw.integers(1 << 10, 1 << 22, 16)]
+    bare = Bare(path, threads) if seed % 2 else None
     session = edge_mmllm.load(path, threads=threads)
+    between.append(np.ones(int(draw.integers(1 << 10, 1 << 22)), np.uint8))
     ids = (np.arange(PREFILL) * 37 % 400 + 500).tolist()
-    bare = Bare(path, threads)
+    bare = bare or Bare(path, threads)
     times: dict[str, dict[str, list[tuple[float, float]]]] = {
         name: {"prefill": [], "decode": []} for name in (OURS, BARE)
     }
@@ -114,13 +122,16 @@ def child(path: str, threads: int, rounds: int, restores: int) -> dict[str, Any]
             said[name] = list(session.generate_tokens(None, STEPS, ignore_eos=True))
 
     for number in range(rounds + 1):
-        for name in (OURS, BARE) if number % 2 else (BARE, OURS):  # nobody is always the first
+        for name in (
+            (OURS, BARE) if (number + seed // 2) % 2 else (BARE, OURS)
+        ):  # nobody is always the first
             taken = _timed(lambda name=name: prefill(name, PREFILL))  # type: ignore[misc]
             first = prefill(name, PAST)
             steps = _timed(lambda name=name, first=first: decode(name, first))  # type: ignore[misc]
             if number:  # the first round warms up
                 times[name]["prefill"].append(taken)
                 times[name]["decode"].append(steps)
+    del between
     found: dict[str, Any] = {"times": times, "same_tokens": said[OURS] == said[BARE]}
     if session.spec.context_length is None and restores:
         found["restore"] = _restoring(session, restores)
@@ -152,17 +163,37 @@ def _restoring(session: Any, runs: int) -> dict[str, Any]:
     return {"bytes": kept.size_bytes, "times": times, "identical": all(agree)}
 
 
+def processed(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What one process found; states are restored in the first one alone."""
+    command = [str(arguments.peers), __file__, "--child", str(path)]
+    numbers = {"threads": arguments.threads, "rounds": arguments.rounds, "seed": seed,
+               "restores": 0 if seed else arguments.restores}  # fmt: skip
+    for name, value in numbers.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(
+        command, env=harness.child_env(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--restores", type=int, default=21)
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         harness.raise_priority()
-        given = child(arguments.child, arguments.threads, arguments.rounds, arguments.restores)
+        given = child(
+            arguments.child, arguments.threads, arguments.rounds, arguments.restores, arguments.seed
+        )
         print(json.dumps(given))
         return
     import artefacts
@@ -172,19 +203,18 @@ def main() -> None:
     rows, restores = [], []
     for name in arguments.only:
         path = artefacts.llama_cpp(name, arguments.cache, arguments.peers)
-        command = [str(arguments.peers), __file__, "--child", str(path), "--threads",
-                   str(arguments.threads), "--rounds", str(arguments.rounds), "--restores",
-                   str(arguments.restores)]  # fmt: skip
-        done = subprocess.run(
-            command, env=harness.child_env(), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr[-1500:])
-        found = json.loads(done.stdout.splitlines()[-1])
         sha = harness.tree_sha256(path)
-        report.record(model=name, threads=arguments.threads, artefact_sha256=sha,
-                      versions=versions, **found)  # fmt: skip
-        times = found["times"]
+        every = [processed(path, seed, arguments) for seed in range(arguments.processes)]
+        for found in every:
+            report.record(model=name, threads=arguments.threads, artefact_sha256=sha,
+                          versions=versions, **found)  # fmt: skip
+        times = {
+            who: {
+                key: [t for found in every for t in found["times"][who][key]]
+                for key in ("prefill", "decode")
+            }
+            for who in (OURS, BARE)
+        }
         for key, tokens in (("prefill", PREFILL), ("decode", STEPS - 1)):
             rates, ratios = [], []
             for who in (OURS, BARE):
@@ -193,11 +223,11 @@ def main() -> None:
             for kind in (0, 1):
                 slow, fast = ([t[kind] for t in times[who][key]] for who in (BARE, OURS))
                 ratios.append(f"{np.median(np.array(slow) / np.array(fast)):.3f}")
-            same = "same tokens" if found["same_tokens"] else "OTHER TOKENS"
+            same = "same tokens" if all(f["same_tokens"] for f in every) else "OTHER TOKENS"
             first = key == "prefill"
             rows.append([name if first else "", key, *rates, *ratios, same if first else ""])
-        if "restore" in found:
-            kept = found["restore"]
+        if "restore" in every[0]:
+            kept = every[0]["restore"]
             cells = [
                 f"{harness.summary(kept['times'][key])[which]:.2f}"
                 for key in ("restore", "load")
@@ -207,8 +237,9 @@ def main() -> None:
             restores.append([name, f"{kept['bytes']:,}", *cells, same])
         print(name, "done", file=sys.stderr, flush=True)
     report.text(
-        f"Q4_0, {arguments.threads} threads, one process a model, medians of {arguments.rounds} "
-        f"rounds by turns; prefill of {PREFILL} tokens, decode of {STEPS - 1} after {PAST}. "
+        f"Q4_0, {arguments.threads} threads, {arguments.processes} processes a model, medians of "
+        f"all their rounds ({arguments.rounds} each, by turns); prefill of {PREFILL} tokens, "
+        f"decode of {STEPS - 1} after {PAST}. "
         "`ours : bare` is the median over rounds of how many times as fast ours is, by wall time "
         f"and by CPU time; wanted: {WANTED_RATIO}."
     )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from edge_mmllm.bundle import Bundle
 from edge_mmllm.errors import CorruptBundle, KernelError, SessionError, UsageError
+from edge_mmllm.profiling.limits import says_no_memory
 from edge_mmllm.spec import NATIVE_DECODER, ModelSpec, Stage, StateSpec
 from edge_mmllm_runtime.engine import Arrays, EngineOptions, Float32, Int64
 from edge_mmllm_runtime.hugepages import give_back, huge_pages
@@ -368,6 +369,13 @@ def _open(
     except KernelError:
         raise
     except Exception as error:  # onnxruntime's errors share no base class but this
+        if says_no_memory(str(error)):
+            raise SessionError(
+                "no memory to load a graph of the bundle",
+                where=str(path),
+                found=str(error)[-300:],
+                fix="a smaller quantization or context; `edge-mmllm fit` says what it takes",
+            ) from error
         raise CorruptBundle(
             "onnxruntime cannot load a graph of the bundle", where=str(path), found=str(error)
         ) from error

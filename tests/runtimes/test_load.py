@@ -211,3 +211,12 @@ def test_public_names_resolve():
             assert getattr(edge_mmllm, name) is not None
     with pytest.raises(AttributeError, match="no attribute"):
         _ = edge_mmllm.nonsense
+
+
+def test_no_memory_is_not_a_damaged_bundle(attention, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for a buffer")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", fails)
+    with pytest.raises(SessionError, match="no memory to load"):
+        edge_mmllm.load(attention[1])
