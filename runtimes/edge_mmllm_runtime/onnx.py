@@ -263,7 +263,7 @@ class OnnxEngine:
             raise CorruptBundle(
                 f"the bundle has no stage `{name}`", expected=", ".join(self._spec.stages)
             )
-        session = _open(self._file(stage.file), self.threads, trace=self._trace)
+        session = _open(self._file(stage.file), self.threads, trace=self._trace, rests=True)
         filled = tuple(s for s in self._spec.states if s.name in stage.fills)
         _check(session, self._spec, stage, (), filled)
         self._stages[name] = session
@@ -354,10 +354,20 @@ def _value(array: NDArray[Any]) -> ort.OrtValue:
 
 
 def _open(
-    path: Path, threads: int, kernels: Path | None = None, trace: Path | None = None
+    path: Path,
+    threads: int,
+    kernels: Path | None = None,
+    trace: Path | None = None,
+    *,
+    rests: bool = False,
 ) -> ort.InferenceSession:
+    """`rests`: its threads stop between runs. A decoder's spin, since the next step comes at once;
+    an encoder's would take the decoder's CPUs (a prefill behind a picture took three times as long).
+    """
     try:
         options = session_options(threads)
+        if rests:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if trace is not None:  # written when the session goes: `<trace>/<stage>_<time>.json`
             options.enable_profiling, options.profile_file_prefix = True, str(trace / path.stem)
         if kernels is not None:
