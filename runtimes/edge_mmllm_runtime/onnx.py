@@ -362,7 +362,7 @@ def _open(
     rests: bool = False,
 ) -> ort.InferenceSession:
     """`rests`: its threads stop between runs. A decoder's spin, since the next step comes at once;
-    an encoder's would take the decoder's CPUs (a prefill behind a picture took three times as long).
+    an encoder's would take the decoder's CPUs (a prefill behind a picture took thrice as long).
     """
     try:
         options = session_options(threads)
