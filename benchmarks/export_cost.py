@@ -261,14 +261,17 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where 9 GB fit for a while")
     parser.add_argument("--wait", type=float, default=60)
     arguments = parser.parse_args()
-    report = harness.Reporter("export_cost", "Export cost", arguments)
-    if "onnx" in arguments.only:
-        compare(arguments, report)
-    if "gguf" in arguments.only:
-        compare_gguf(arguments, report)
+    if arguments.only:
+        report = harness.Reporter("export_cost", "Export cost", arguments)
+        if "onnx" in arguments.only:
+            compare(arguments, report)
+        if "gguf" in arguments.only:
+            compare_gguf(arguments, report)
+        report.close()
     if arguments.large:
+        report = harness.Reporter("export_cost_large", "Export cost of a large model", arguments)
         large(arguments, report)
-    report.close()
+        report.close()
 
 
 if __name__ == "__main__":
