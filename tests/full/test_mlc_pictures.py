@@ -60,6 +60,7 @@ def spec_of(model: Composite) -> ModelSpec:
         ("llava-siglip", "q4f32_1"),
         ("llava-next", "q0f16"),
         ("idefics3", "q0f32"),
+        ("smolvlm", "q0f32"),
         ("blip2-opt", "q0f32"),
     ],
 )
