@@ -45,7 +45,7 @@ bench: .venv/export .venv-bench/installed
 
 .venv-tvm/installed: pyproject.toml
 	test -x .venv-tvm/bin/python || $(PYTHON) -m venv .venv-tvm
-	.venv-tvm/bin/python $(PIP) --editable '.[mlc]' pytest
+	.venv-tvm/bin/python $(PIP) --editable '.[mlc]' pytest 'safetensors>=0.8,<0.9' 'gguf>=0.19,<0.20'
 	touch $@
 
 .venv-bench/installed: pyproject.toml
